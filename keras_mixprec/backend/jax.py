@@ -1,0 +1,117 @@
+"""JAX: pure state in and out; `select`, so that XLA fuses and donates."""
+
+import jax
+import jax.numpy as jnp
+import keras
+
+from keras_mixprec.backend import LARGEST_GRADIENT
+
+
+def unscale(grads, scale):
+    return [
+        g.astype(jnp.promote_types(g.dtype, jnp.float32)) / scale.astype(
+            jnp.promote_types(g.dtype, jnp.float32)
+        )
+        for g in grads
+    ]
+
+
+def overflow_flags(grads):
+    return jnp.stack(
+        [jnp.int32(0) if g is None else _overflows(g).astype(jnp.int32) for g in grads]
+    )
+
+
+def _overflows(grad):
+    limit = min(LARGEST_GRADIENT, float(jnp.finfo(grad.dtype).max))
+    # NaN compares false with everything.
+    return jnp.logical_not(jnp.all(jnp.abs(grad) <= limit))
+
+
+def commit(flags, grads, update, record, variables):
+    """Keep what `update(grads)` assigns only if no flag is set; `record(flags)`."""
+    finite = jnp.all(flags == 0)
+    saved = [v.value for v in variables]
+    update(grads)
+    new = [v.value for v in variables]
+    for value in new:
+        if value.dtype == jnp.float16:
+            # Weights that are float16 themselves can overflow in the update.
+            finite &= jnp.all(jnp.isfinite(value))
+    for v, old, value in zip(variables, saved, new, strict=True):
+        if value is not old:
+            v.assign(jnp.where(finite, value, old))
+    record(flags)
+
+
+def wrap_train_step(transaction):
+    model = transaction.model
+
+    def step(state, data):
+        if model.optimizer not in transaction.optimizers():
+            return transaction.train_step(state, data)
+        with transaction.requires_scaled_loss():
+            logs, new = transaction.train_step(state, data)
+        skipped = _overflow_count(model, state) != _overflow_count(model, new)
+        new = _roll_back(transaction, skipped, state, new)
+        mapping = list(zip(model.metrics_variables, new[3], strict=True))
+        with keras.StatelessScope(state_mapping=mapping):
+            return transaction.logs(logs), new
+
+    return step
+
+
+def _overflow_count(model, state):
+    counter = model.optimizer.overflow_counter
+    index = [v is counter for v in model.optimizer.variables].index(True)
+    return state[2][index]
+
+
+def _roll_back(transaction, skipped, old_state, new_state):
+    trainable, non_trainable, optimizer, metrics = new_state
+    written = {id(v) for v in transaction.variables()}
+    non_trainable = [
+        _choose(skipped, old, new) if id(v) in written else new
+        for v, old, new in zip(
+            transaction.model.non_trainable_variables,
+            old_state[1],
+            non_trainable,
+            strict=True,
+        )
+    ]
+    metrics = [
+        _choose(skipped, old, new)
+        for old, new in zip(old_state[3], metrics, strict=True)
+    ]
+    return trainable, non_trainable, optimizer, metrics
+
+
+def _choose(skipped, old, new):
+    return new if new is old else jnp.where(skipped, old, new)
+
+
+def _devices():
+    return [d for d in jax.local_devices() if d.platform != "cpu"]
+
+
+def memory_info():
+    stats = {str(d): d.memory_stats() or {} for d in _devices()}
+    return {
+        name: (s.get("bytes_in_use", 0), s.get("peak_bytes_in_use", 0))
+        for name, s in stats.items()
+    }
+
+
+def reset_peak_memory():
+    # JAX has no call for it: its peak is that of the whole process.
+    return False
+
+
+def accelerator():
+    devices = _devices()
+    if not devices:
+        return None
+    if devices[0].platform == "tpu":
+        return "tpu", None
+    versions = [getattr(d, "compute_capability", "0.0") for d in devices]
+    return "gpu", min(tuple(int(n) for n in v.split(".")[:2]) for v in versions)
