@@ -8,6 +8,7 @@ skipped; random seeds advance. Nothing is read from the device.
 
 import contextlib
 import functools
+import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -33,8 +34,7 @@ class Transaction:
 
     def optimizers(self) -> list[LossScaleOptimizer]:
         """The loss-scaling optimizers of the model, a GAN's several included."""
-        found = [v for v in vars(self.model).values() if _scales(v)]
-        return list({id(o): o for o in found}.values())
+        return loss_scale_optimizers(self.model)
 
     def variables(self) -> list:
         """Variables that a forward pass may write: not frozen weights, not seeds."""
@@ -99,36 +99,62 @@ def attach(model: keras.Model) -> None:
     """Make every train step of `model` a transaction. Idempotent.
 
     Args:
-        model: `keras.Model`; its `train_step` and `fit` are shadowed on the instance.
+        model: `keras.Model`; its `train_step`, `fit` and `train_on_batch` are shadowed
+            on the instance.
     """
-    if not getattr(model.train_step, "is_transaction", False):
-        step = engine.wrap_train_step(Transaction(model, model.train_step))
-        step = functools.wraps(model.train_step)(step)
-        step.is_transaction = True
-        model.train_step = step
-    if not getattr(model.fit, "is_transaction", False):
-        model.fit = _with_honest_epochs(model.fit)
+    _shadow(model, "train_step", _as_transaction)
+    _shadow(model, "fit", _with_honest_epochs)
+    _shadow(model, "train_on_batch", _with_honest_result)
 
 
-def _with_honest_epochs(fit):
-    @functools.wraps(fit)
+def _shadow(model, name, wrap):
+    method = getattr(model, name)
+    if not getattr(method, "is_transaction", False):
+        wrapper = functools.wraps(method)(wrap(model, method))
+        wrapper.is_transaction = True
+        setattr(model, name, wrapper)
+
+
+def _as_transaction(model, train_step):
+    return engine.wrap_train_step(Transaction(model, train_step))
+
+
+def _with_honest_epochs(model, fit):
+    signature = inspect.signature(fit)
+
     def wrapper(*args, **kwargs):
-        import inspect
-
-        bound = inspect.signature(fit).bind(*args, **kwargs)
+        bound = signature.bind(*args, **kwargs)
         callbacks = bound.arguments.get("callbacks")
-        if isinstance(callbacks, keras.callbacks.CallbackList):
-            return fit(*args, **kwargs)
-        # First, so that every other callback sees the mended logs.
-        bound.arguments["callbacks"] = [
-            HonestEpoch(),
-            *keras.tree.flatten(callbacks or []),
-        ]
+        if not isinstance(callbacks, keras.callbacks.CallbackList):
+            # First, so that every other callback sees the mended logs.
+            callbacks = [HonestEpoch(), *keras.tree.flatten(callbacks or [])]
+        bound.arguments["callbacks"] = callbacks
         return fit(*bound.args, **bound.kwargs)
 
-    wrapper.is_transaction = True
     return wrapper
 
 
-def _scales(value):
-    return isinstance(value, LossScaleOptimizer)
+def _with_honest_result(model, train_on_batch):
+    def wrapper(*args, **kwargs):
+        before = _overflows(model)
+        result = train_on_batch(*args, **kwargs)
+        if _overflows(model) == before:
+            return result
+        # A metric without data is 0.0 in Keras.
+        return keras.tree.map_structure(lambda _: math.nan, result)
+
+    return wrapper
+
+
+def _overflows(model):
+    return sum(o.overflow_count for o in loss_scale_optimizers(model))
+
+
+def loss_scale_optimizers(model: keras.Model) -> list[LossScaleOptimizer]:
+    """Return our wrappers that are attributes of `model`, a GAN's several included.
+
+    Args:
+        model: `keras.Model`; its attributes are searched.
+    """
+    found = [v for v in vars(model).values() if isinstance(v, LossScaleOptimizer)]
+    return list({id(o): o for o in found}.values())

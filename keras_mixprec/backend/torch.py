@@ -10,6 +10,8 @@ _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 @torch.no_grad()
 def unscale(grads, scale):
+    if not grads:
+        return []
     grads = [g if g.dtype == torch.float64 else g.float() for g in grads]
     return list(torch._foreach_mul(grads, torch.reciprocal(scale)))
 

@@ -1,0 +1,93 @@
+"""What several test files need: small models, exact data, snapshots of state."""
+
+import keras
+import numpy as np
+from keras import ops
+
+import keras_mixprec as mp
+
+STATELESS = keras.backend.backend() != "tensorflow"
+
+
+def variables(*values):
+    return [keras.Variable(np.asarray(v, "float32")) for v in values]
+
+
+def tensors(*values):
+    return [ops.convert_to_tensor(np.asarray(v, "float32")) for v in values]
+
+
+def scaled_step(optimizer, grads, trainable):
+    """Apply gradients of a loss that `optimizer` scaled."""
+    scale = np.float32(optimizer.loss_scale)
+    optimizer.apply(tensors(*(np.asarray(g, "float32") * scale for g in grads)), trainable)
+
+
+def snapshot(*owners):
+    """Variable path and position -> value, of models, optimizers or lists."""
+    found = {}
+    for owner in owners:
+        kept = owner if isinstance(owner, list) else owner.variables
+        if isinstance(owner, keras.Model):
+            kept = kept + owner.metrics_variables
+        for v in kept:
+            found[f"{len(found)} {v.path}"] = np.array(ops.convert_to_numpy(v))
+    return found
+
+
+def assert_same_bits(left, right, but=()):
+    """Compare snapshots bit for bit, except for names that contain one of `but`."""
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        if not any(word in name for word in but):
+            assert value.tobytes() == right[name].tobytes(), name
+
+
+def assert_finite(owner_snapshot):
+    for name, value in owner_snapshot.items():
+        assert np.isfinite(value).all(), name
+
+
+# What a skipped step may change.
+SCALING = (
+    "step_counter",
+    "dynamic_scale",
+    "hysteresis_left",
+    "overflow_count",
+    "consecutive_overflows",
+    "seed",
+)
+
+
+def classifier(**dense):
+    """A net with all kinds of state: weights, BatchNormalization, Dropout's seed."""
+    return keras.Sequential(
+        [
+            keras.Input((8,)),
+            keras.layers.Dense(16, **dense),
+            keras.layers.BatchNormalization(),
+            keras.layers.ReLU(),
+            keras.layers.Dropout(0.1, seed=1),
+            keras.layers.Dense(3, activation="softmax", dtype="float32"),
+        ]
+    )
+
+
+def data(samples=128, bad=()):
+    """Inputs and labels; every sample in `bad` overflows float16."""
+    x = np.random.default_rng(0).normal(size=(samples, 8)).astype("float32")
+    y = (x[:, 0] > 0).astype("int32") + (x[:, 1] > 0)
+    x[list(bad)] = 1e6
+    return x, y
+
+
+def compiled(model, optimizer="adam", **kwargs):
+    model.compile(
+        optimizer, "sparse_categorical_crossentropy", metrics=["accuracy"], **kwargs
+    )
+    return model
+
+
+def half_classifier(optimizer="adam", **kwargs):
+    with mp.policy_scope("mixed_float16"):
+        return compiled(classifier(), optimizer, **kwargs)
