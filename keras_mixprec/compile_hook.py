@@ -1,56 +1,82 @@
-"""The one hook, around the public `keras.Model.compile`.
+"""The one hook, around the public `keras.Model.compile`, in place from import on.
 
-Its reach: while installed, every `compile` of every Keras model
-- gives a bare optimizer our loss scaling if any layer of the model computes in
-  float16 (unless `auto_scale_loss=False`; an optimizer that scales already is kept);
-- makes the model's train step a transaction (`transaction.attach`).
+Its reach, at every `compile` of a Keras model:
+- a model that is given our optimizer, or that computes in float16 anywhere, has its
+  train step made a transaction (`transaction.attach`);
+- while scaling is on, a bare optimizer of a model that computes in float16 anywhere
+  gets our loss scaling (unless `auto_scale_loss=False`; one that scales is kept).
 
-`install` runs when a float16 policy is set, a model is converted, or a
-`LossScaleOptimizer` is built; `uninstall` leaves `keras.Model` as Keras made it.
-Models that were compiled in between keep what they were given.
+It stands on the class that defines `compile`: to Keras, a model whose class has
+another `compile` than its trainer is one that overrides it, and not compiled on load.
+
+Every other model is compiled as Keras does it. `install` turns scaling on: a float16
+policy does so, and `convert`. `uninstall` turns it off: `set_policy("float32")` does.
+`remove` leaves `keras.Model` as Keras made it.
+
+From import on, because `model.compile(LossScaleOptimizer(...))` looks `compile` up
+before its argument is built.
 """
 
 import functools
 
 import keras
 
-_installed = []
+# What the hook knows: whether scaling is on, and the method it stands before.
+_state = {"scaling": False, "original": None}
 
 
 def install() -> None:
-    """Wrap `keras.Model.compile`. Idempotent."""
-    if _installed:
-        return
-    original = keras.Model.compile
-
-    @functools.wraps(original)
-    def compile(self, optimizer="rmsprop", *args, **kwargs):
-        # Late, because building an optimizer installs this hook.
-        from keras_mixprec import transaction
-
-        if kwargs.get("auto_scale_loss", True):
-            optimizer = scaling_optimizer(self, optimizer)
-        original(self, optimizer, *args, **kwargs)
-        transaction.attach(self)
-
-    _installed.append(vars(keras.Model).get("compile"))
-    keras.Model.compile = compile
+    """Turn scaling on in `compile`. Idempotent."""
+    put()
+    _state["scaling"] = True
 
 
 def uninstall() -> None:
-    """Put `keras.Model.compile` back. Idempotent."""
-    if not _installed:
-        return
-    own = _installed.pop()
-    if own is None:
-        del keras.Model.compile
-    else:
-        keras.Model.compile = own
+    """Turn scaling off again. Idempotent."""
+    _state["scaling"] = False
 
 
 def is_installed() -> bool:
-    """Whether `keras.Model.compile` is wrapped."""
-    return bool(_installed)
+    """Whether `compile` gives float16 models our loss scaling."""
+    return _state["scaling"]
+
+
+def put() -> None:
+    """Stand before `keras.Model.compile`. Idempotent."""
+    if _state["original"] is None:
+        _state["original"] = keras.Model.compile
+        _owner().compile = _hooked(keras.Model.compile)
+
+
+def remove() -> None:
+    """Leave `keras.Model` as Keras made it, scaling off. Idempotent."""
+    uninstall()
+    if _state["original"] is not None:
+        _owner().compile = _state["original"]
+        _state["original"] = None
+
+
+def _owner():
+    return next(c for c in keras.Model.__mro__ if "compile" in vars(c))
+
+
+def _hooked(original):
+    @functools.wraps(original)
+    def compile(self, optimizer="rmsprop", *args, **kwargs):
+        # Late, because these modules need the hook's.
+        from keras_mixprec import transaction
+        from keras_mixprec.optimizer import LossScaleOptimizer
+
+        auto_scale_loss = kwargs.get("auto_scale_loss", True)
+        if auto_scale_loss and _state["scaling"]:
+            optimizer = scaling_optimizer(self, optimizer)
+        original(self, optimizer, *args, **kwargs)
+        ours = isinstance(self.optimizer, LossScaleOptimizer)
+        if ours or _state["scaling"] or computes_in_float16(self):
+            warn = auto_scale_loss and _state["scaling"]
+            transaction.attach(self, warn_unscaled=warn)
+
+    return compile
 
 
 def computes_in_float16(model: keras.Model) -> bool:
@@ -59,6 +85,21 @@ def computes_in_float16(model: keras.Model) -> bool:
         layer.compute_dtype == "float16"
         for layer in model._flatten_layers()
         if not isinstance(layer, keras.layers.InputLayer)
+    )
+
+
+def unscaled_message(model: keras.Model) -> str | None:
+    """Return what to do if `model` computes in float16 and nothing scales its loss."""
+    scaled = any(
+        isinstance(value, keras.optimizers.LossScaleOptimizer)
+        for value in vars(model).values()
+    )
+    if scaled or not computes_in_float16(model):
+        return None
+    return (
+        f"Model '{model.name}' computes in float16 but its loss is not scaled: small "
+        "gradients become 0. Mend it with "
+        "`model.compile(mp.LossScaleOptimizer(model.optimizer), ...)`."
     )
 
 

@@ -1,7 +1,10 @@
-"""What this machine is and how much memory is in use."""
+"""What this machine is, how much memory is in use, and how busy it is."""
 
 import pathlib
 
+from keras_mixprec import nvml
+from keras_mixprec.activity import Activity
+from keras_mixprec.activity import Reading
 from keras_mixprec.backend import engine
 
 _MIB = 2**20
@@ -59,11 +62,43 @@ def reset_peak_memory() -> bool:
     return engine.reset_peak_memory()
 
 
-def start_activity() -> object | None:
-    """Start measuring GPU and tensor-core activity; `None` where NVML is absent."""
-    return None
+def start_activity() -> Activity | None:
+    """Start measuring the GPUs; `None` where there is none, or no NVML."""
+    nvml_module = nvml.load() if engine.memory_info() else None
+    return Activity(nvml_module) if nvml_module else None
 
 
-def read_activity(start: object | None) -> dict[str, float]:
-    """Return `gpu_util` and `tensor_core_util` in percent since `start`."""
-    return {}
+def read_devices(start: Activity | None) -> list[Reading]:
+    """Return what NVML says of each GPU that this process uses.
+
+    A process sees every GPU that CUDA shows it; those it has memory on are used.
+
+    Args:
+        start: What `start_activity` returned.
+    """
+    readings = start.read() if start else []
+    peaks = [peak for _, peak in engine.memory_info().values()]
+    if len(peaks) != len(readings) or not any(peaks):
+        return readings
+    return [r for r, peak in zip(readings, peaks, strict=True) if peak]
+
+
+def read_activity(start: Activity | None) -> dict[str, float]:
+    """Return `gpu_util` and `tensor_core_util` since `start`.
+
+    In percent of the time, the mean over the GPUs that this process uses; of each
+    too (`gpu_util_0`, ...) where there are several. Keys without an answer are absent.
+
+    Args:
+        start: What `start_activity` returned.
+    """
+    readings = read_devices(start)
+    logs = {}
+    for key in ("gpu_util", "tensor_core_util"):
+        values = {i: getattr(r, key) for i, r in enumerate(readings)}
+        known = {i: v for i, v in values.items() if v is not None}
+        if known:
+            logs[key] = sum(known.values()) / len(known)
+        if len(readings) > 1:
+            logs |= {f"{key}_{i}": v for i, v in known.items()}
+    return logs

@@ -1,7 +1,8 @@
 """The loss-scale rule: state in, new state out, no model and no optimizer."""
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
+from typing import NamedTuple
 
 from keras import ops
 

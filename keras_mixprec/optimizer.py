@@ -5,6 +5,7 @@ import warnings
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_mixprec.backend import engine
@@ -101,10 +102,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         self._loss_was_scaled = False
         self._gradients_were_unscaled = False
         self._in_transaction = False
-        # Late, because the hook builds optimizers of this class.
-        from keras_mixprec import compile_hook
-
-        compile_hook.install()
+        self._waiting_weights = None
 
     def build(self, var_list: list) -> None:
         """Create the variables of this optimizer and of the inner one.
@@ -112,6 +110,10 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         Args:
             var_list: List of `keras.Variable`, the trainable variables.
         """
+        if not var_list:
+            # Keras builds an optimizer for no variables while it reads HDF5, before
+            # it hands over the weights; there is nothing to build for yet.
+            return
         super().build(var_list)
         self.hysteresis_left = self._add_counter(
             "hysteresis_left", initial_value=self.rule.hysteresis
@@ -119,6 +121,18 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         self.overflow_counter = self._add_counter("overflow_count")
         self.consecutive_counter = self._add_counter("consecutive_overflows")
         self.variable_counters = self._add_counter("overflow_counts", (len(var_list),))
+        if self._waiting_weights is not None:
+            weights, self._waiting_weights = self._waiting_weights, None
+            self.set_weights(weights)
+
+    def build_for_waiting_weights(self, var_list: list) -> None:
+        """Build now, before a step is traced, if `set_weights` came too early.
+
+        Args:
+            var_list: List of `keras.Variable`, the trainable variables.
+        """
+        if self._waiting_weights is not None and not self.built:
+            self.build(var_list)
 
     def _add_counter(self, name, shape=(), initial_value=0):
         return self.add_variable(
@@ -139,8 +153,8 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         is what the last synchronisation saw, as every optimizer variable there.
         """
         self._loss_was_scaled = True
-        scale = self.dynamic_scale if self.built else self.initial_scale
-        return ops.convert_to_tensor(scale, "float32") * 1.0
+        # Not the variable itself, which torch would go on changing.
+        return self._scale() * 1.0
 
     @property
     def overflow_count(self) -> int:
@@ -160,6 +174,10 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         counts = self._read("variable_counters").tolist()
         paths = [_path(v) for v in self._trainable_variables]
         return dict(zip(paths, counts, strict=True))
+
+    def _scale(self):
+        scale = self.dynamic_scale if self.built else self.initial_scale
+        return ops.convert_to_tensor(scale, "float32")
 
     def _read(self, name):
         return ops.convert_to_numpy(getattr(self, name)) if self.built else 0
@@ -238,15 +256,21 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         self._check_loss_was_scaled(variables)
         if all(g is None for g in grads):
             raise ValueError("No gradients provided for any variable.")
-        if not self._gradients_were_unscaled:
-            grads = self._unscale(grads, variables)
-        self._gradients_were_unscaled = False
+        unscaled, self._gradients_were_unscaled = self._gradients_were_unscaled, False
+        scale = ops.ones(()) if unscaled else self._scale()
+
+        def prepare():
+            # The flags look at what the backward pass wrote, not at the quotients:
+            # one reader more for each gradient, and no second copy of it.
+            flags = engine.overflow_flags(grads, scale)
+            return flags, grads if unscaled else self._unscale(grads, variables)
+
         engine.commit(
-            engine.overflow_flags(grads),
-            grads,
+            prepare,
             lambda grads: self.inner_optimizer.apply(grads, variables),
             lambda flags: self._record(flags, variables),
             [*self._trainable_variables, *self.inner_optimizer.variables],
+            compilable=self._is_keras_own(),
         )
 
     def stateless_apply(
@@ -265,6 +289,14 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         # Not Keras's wrapper's, whose `cond` keeps XLA from fusing the skip.
         return super(keras.optimizers.LossScaleOptimizer, self).stateless_apply(
             optimizer_variables, grads, trainable_variables
+        )
+
+    def _is_keras_own(self):
+        # Keras's own updates are known to compile under XLA; others may call Python.
+        parts = [self.inner_optimizer, self.inner_optimizer._learning_rate]
+        parts += [v.constraint for v in self._trainable_variables]
+        return all(
+            p is None or type(p).__module__.split(".")[0] == "keras" for p in parts
         )
 
     def _variables_for(self, grads, variables):
@@ -286,9 +318,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         return variables
 
     def _unscale(self, grads, variables):
-        scale = ops.convert_to_tensor(
-            self.dynamic_scale if self.built else self.initial_scale, "float32"
-        )
+        scale = self._scale()
         chosen = [
             i
             for i, (g, v) in enumerate(zip(grads, variables, strict=True))
@@ -390,17 +420,17 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         """Set all variables, the inner optimizer's included.
 
         Keras's own sets those of the wrapper alone, so that a model read from HDF5
-        starts again at iteration 0.
+        starts again at iteration 0. Before the optimizer is built they are kept
+        until it is.
 
         Args:
             weights: List of arrays in the order of `self.variables`, ours or that
                 of Keras's wrapper.
-
-        Raises:
-            ValueError: If the optimizer is not built.
         """
         if not self.built:
-            super().set_weights(weights)
+            # Copies: the file they are read from may be closed by then.
+            self._waiting_weights = [np.array(w) for w in weights]
+            return
         variables, extras = self._stored_variables()
         if len(weights) == len(variables):
             variables = self.variables

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import keras
+
 from keras_mixprec.rules import MOVES_VALUES
 from keras_mixprec.structure import graph_of
 from keras_mixprec.structure import is_float

@@ -37,8 +37,9 @@ def _fitting_optimizer(model):
     if compile_hook.computes_in_float16(model):
         scaling = compile_hook.scaling_optimizer(model, optimizer)
         if scaling is not optimizer:
-            scaling._mixprec_wrapped = True
+            model._mixprec_wrapped = True
         return scaling
-    if getattr(optimizer, "_mixprec_wrapped", False):
-        return optimizer.inner_optimizer
+    if getattr(model, "_mixprec_wrapped", False):
+        model._mixprec_wrapped = False
+        return getattr(optimizer, "inner_optimizer", optimizer)
     return optimizer

@@ -6,6 +6,7 @@ import dataclasses
 
 import keras
 
+from keras_mixprec.inputs import symbolic_inputs
 from keras_mixprec.intercept import intercepted
 
 
@@ -64,7 +65,7 @@ def trace(layer: keras.Layer, sample=None) -> Trace | None:
         return outputs
 
     try:
-        args, kwargs = _symbolic_inputs(layer, sample)
+        args, kwargs = symbolic_inputs(layer, sample)
         with intercepted(layer._flatten_layers(), around):
             keras.Operation.compute_output_spec(layer, *args, **kwargs)
     except Exception:  # Whatever a user's `call` raises, there is no trace of it.
@@ -74,27 +75,3 @@ def trace(layer: keras.Layer, sample=None) -> Trace | None:
 
 def _tensors(structure) -> list:
     return [x for x in keras.tree.flatten(structure) if hasattr(x, "dtype")]
-
-
-def _symbolic_inputs(layer, sample):
-    if sample is not None:
-        return (keras.tree.map_structure(_spec, sample),), {}
-    if layer._inbound_nodes:
-        arguments = layer._inbound_nodes[0].arguments
-        return arguments.args, arguments.kwargs
-    shapes = layer._build_shapes_dict
-    if len(shapes) == 1:
-        return (_specs(next(iter(shapes.values()))),), {}
-    return (), {k.removesuffix("_shape"): _specs(s) for k, s in shapes.items()}
-
-
-def _spec(x):
-    return keras.KerasTensor(x.shape, keras.backend.standardize_dtype(x.dtype))
-
-
-def _specs(shapes):
-    if isinstance(shapes, dict):
-        return {name: _specs(shape) for name, shape in shapes.items()}
-    if any(isinstance(x, (tuple, list, dict)) for x in shapes):
-        return type(shapes)(_specs(shape) for shape in shapes)
-    return keras.KerasTensor(shapes)

@@ -11,11 +11,13 @@ import functools
 import inspect
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import keras
 
+from keras_mixprec import compile_hook
 from keras_mixprec.backend import engine
 from keras_mixprec.optimizer import LossScaleOptimizer
 
@@ -31,6 +33,22 @@ class Transaction:
     def __init__(self, model: keras.Model, train_step: Callable):
         self.model = model
         self.train_step = train_step
+        self._state = ([], [])
+        self._settled = False
+
+    def state(self) -> list:
+        """What to save before a step: `variables` and the metrics' state.
+
+        Walking the layers takes longer than an eager step's launch, so that the walk
+        ends once two in a row found the same.
+        """
+        if not self._settled:
+            before = [id(v) for v in self._state[0]]
+            metrics = self.model.metrics
+            found = self.variables() + [v for m in metrics for v in m.variables]
+            self._settled = before == [id(v) for v in found]
+            self._state = found, metrics
+        return self._state[0]
 
     def optimizers(self) -> list[LossScaleOptimizer]:
         """The loss-scaling optimizers of the model, a GAN's several included."""
@@ -55,9 +73,12 @@ class Transaction:
 
     def logs(self, logs: Any) -> Any:
         """The step's logs, read again after the roll-back where they are metrics'."""
-        metrics = self.model.get_metrics_result()
-        same = isinstance(logs, dict) and set(logs) == set(metrics)
-        return metrics if same else logs
+        fresh = {}
+        for metric in self._state[1] or self.model.metrics:
+            result = metric.result()
+            fresh.update(result if isinstance(result, dict) else {metric.name: result})
+        same = isinstance(logs, dict) and set(logs) == set(fresh)
+        return fresh if same else logs
 
 
 class HonestEpoch(keras.callbacks.Callback):
@@ -66,12 +87,29 @@ class HonestEpoch(keras.callbacks.Callback):
     A metric without data is 0.0 in Keras: to early stopping the best loss ever.
     """
 
+    def on_train_begin(self, logs: dict | None = None) -> None:
+        """Warn if layers that were built since `compile` need loss scaling."""
+        self._warn_unscaled()
+        optimizer = self.model.optimizer
+        if isinstance(optimizer, LossScaleOptimizer) and self.model.built:
+            optimizer.build_for_waiting_weights(self.model.trainable_variables)
+
+    def _warn_unscaled(self):
+        if not self.model.fit.warn_unscaled:
+            return
+        message = compile_hook.unscaled_message(self.model)
+        if message:
+            self.model.fit.warn_unscaled = False
+            warnings.warn(message, stacklevel=2)
+
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         """Note how many steps were skipped and applied so far."""
         self._before = self._counts()
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         """Replace the logs of an epoch that was skipped whole."""
+        # Again, for a model that its first batch built.
+        self._warn_unscaled()
         skipped, applied = self._counts()
         if logs is None or applied != self._before[1] or skipped == self._before[0]:
             return
@@ -95,16 +133,24 @@ class HonestEpoch(keras.callbacks.Callback):
         return optimizer.overflow_count, int(keras.ops.convert_to_numpy(applied))
 
 
-def attach(model: keras.Model) -> None:
+def attach(model: keras.Model, warn_unscaled: bool = True) -> None:
     """Make every train step of `model` a transaction. Idempotent.
 
     Args:
-        model: `keras.Model`; its `train_step`, `fit` and `train_on_batch` are shadowed
-            on the instance.
+        model: `keras.Model`; its `train_step`, `fit`, `train_on_batch` and the sum of
+            its extra losses are shadowed on the instance.
+        warn_unscaled: Whether to warn at the start of `fit` if the model computes
+            in float16 and nothing scales its loss. Defaults to `True`.
     """
+    # Anew at each `compile`, which replaces the metrics.
+    original = getattr(model.train_step, "__wrapped__", model.train_step)
+    is_ours = getattr(model.train_step, "is_transaction", False)
+    model.train_step = original if is_ours else model.train_step
     _shadow(model, "train_step", _as_transaction)
     _shadow(model, "fit", _with_honest_epochs)
     _shadow(model, "train_on_batch", _with_honest_result)
+    _shadow(model, "_aggregate_additional_loss", _in_float32)
+    model.fit.warn_unscaled = warn_unscaled
 
 
 def _shadow(model, name, wrap):
@@ -130,6 +176,16 @@ def _with_honest_epochs(model, fit):
             callbacks = [HonestEpoch(), *keras.tree.flatten(callbacks or [])]
         bound.arguments["callbacks"] = callbacks
         return fit(*bound.args, **bound.kwargs)
+
+    return wrapper
+
+
+def _in_float32(model, aggregate):
+    # `add_loss` and activity regularizers of half-precision layers: their sum
+    # overflows in float16, and TensorFlow does not add it to a float32 loss.
+    def wrapper(loss):
+        half = keras.backend.standardize_dtype(loss.dtype) in ("float16", "bfloat16")
+        return aggregate(keras.ops.cast(loss, "float32") if half else loss)
 
     return wrapper
 

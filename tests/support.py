@@ -20,7 +20,9 @@ def tensors(*values):
 def scaled_step(optimizer, grads, trainable):
     """Apply gradients of a loss that `optimizer` scaled."""
     scale = np.float32(optimizer.loss_scale)
-    optimizer.apply(tensors(*(np.asarray(g, "float32") * scale for g in grads)), trainable)
+    optimizer.apply(
+        tensors(*(np.asarray(g, "float32") * scale for g in grads)), trainable
+    )
 
 
 def snapshot(*owners):
@@ -59,7 +61,7 @@ SCALING = (
 )
 
 
-def classifier(**dense):
+def classifier(dropout=0.1, **dense):
     """A net with all kinds of state: weights, BatchNormalization, Dropout's seed."""
     return keras.Sequential(
         [
@@ -67,7 +69,7 @@ def classifier(**dense):
             keras.layers.Dense(16, **dense),
             keras.layers.BatchNormalization(),
             keras.layers.ReLU(),
-            keras.layers.Dropout(0.1, seed=1),
+            keras.layers.Dropout(dropout, seed=1),
             keras.layers.Dense(3, activation="softmax", dtype="float32"),
         ]
     )
@@ -88,6 +90,6 @@ def compiled(model, optimizer="adam", **kwargs):
     return model
 
 
-def half_classifier(optimizer="adam", **kwargs):
+def half_classifier(optimizer="adam", dropout=0.1, **kwargs):
     with mp.policy_scope("mixed_float16"):
-        return compiled(classifier(), optimizer, **kwargs)
+        return compiled(classifier(dropout), optimizer, **kwargs)

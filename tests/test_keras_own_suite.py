@@ -6,7 +6,7 @@ import pytest
 
 import keras_mixprec as mp
 
-# Named by the module path that Keras's wheel ships, not by a public name: there is none.
+# By the module's path, because it has no public name.
 upstream = importlib.import_module("keras.src.optimizers.loss_scale_optimizer_test")
 
 
@@ -18,5 +18,3 @@ class TestKerasOwnSuite(upstream.LossScaleOptimizerTest):
 
     def test_it_is_our_class_that_is_tested(self):
         assert upstream.LossScaleOptimizer is mp.LossScaleOptimizer
-
-

@@ -85,9 +85,7 @@ def test_memory_is_summed_and_per_device_where_several(monkeypatch, devices):
     resets = []
     counters = {f"GPU:{i}": ((i + 1) * 2**20, (i + 3) * 2**20) for i in range(devices)}
     monkeypatch.setattr(hardware.engine, "memory_info", lambda: counters)
-    monkeypatch.setattr(
-        hardware.engine, "reset_peak_memory", lambda: resets.append(1)
-    )
+    monkeypatch.setattr(hardware.engine, "reset_peak_memory", lambda: resets.append(1))
     history = fit(half_classifier(), [mp.MixedPrecisionMonitor()])
     assert len(resets) == 2
     assert "host_memory_mb" not in history

@@ -27,9 +27,7 @@ OPTIMIZERS = {
     "adamw": lambda: keras.optimizers.AdamW(0.01, weight_decay=0.1, clipnorm=1.0),
     "lion": lambda: keras.optimizers.Lion(0.01, global_clipnorm=1.0),
     "adafactor": lambda: keras.optimizers.Adafactor(0.01),
-    "accumulating": lambda: keras.optimizers.Adam(
-        0.01, gradient_accumulation_steps=2
-    ),
+    "accumulating": lambda: keras.optimizers.Adam(0.01, gradient_accumulation_steps=2),
     "averaging": lambda: keras.optimizers.SGD(
         0.5, use_ema=True, ema_overwrite_frequency=3
     ),
@@ -71,7 +69,10 @@ def test_a_skipped_step_leaves_no_trace(inner, bad):
 @pytest.mark.parametrize("huge", [1e30, 2.0**49, -3e38])
 def test_a_gradient_whose_squares_overflow_is_skipped_too(huge):
     inner = keras.optimizers.Adam(0.5, global_clipnorm=1.0)
-    optimizer, weights = mp.LossScaleOptimizer(inner, initial_scale=1.0), variables([1.0])
+    optimizer, weights = (
+        mp.LossScaleOptimizer(inner, initial_scale=1.0),
+        variables([1.0]),
+    )
     optimizer.apply(tensors([huge]), weights)
     assert optimizer.overflow_count == 1
     assert ops.convert_to_numpy(weights[0]).tolist() == [1.0]
@@ -205,7 +206,10 @@ def test_scales_a_half_precision_loss_in_float32():
 
 
 def test_the_tf_keras_way_unscales_once():
-    optimizer, weights = mp.LossScaleOptimizer(keras.optimizers.SGD(0.5)), variables([1.0])
+    optimizer, weights = (
+        mp.LossScaleOptimizer(keras.optimizers.SGD(0.5)),
+        variables([1.0]),
+    )
     loss = optimizer.get_scaled_loss(ops.convert_to_tensor(np.float32(2.0)))
     assert float(loss) == 2.0 * 2**15
     assert float(optimizer.get_scaled_loss(lambda: 2.0)()) == 2.0 * 2**15
@@ -239,7 +243,10 @@ def test_gradients_are_not_changed_in_place():
 
 @pytest.mark.skipif(not STATELESS, reason="TensorFlow variables are stateful")
 def test_stateless_step_and_scale():
-    optimizer, weights = mp.LossScaleOptimizer(keras.optimizers.SGD(0.5)), variables([1.0])
+    optimizer, weights = (
+        mp.LossScaleOptimizer(keras.optimizers.SGD(0.5)),
+        variables([1.0]),
+    )
     optimizer.build(weights)
     values = [ops.copy(v.value) for v in weights]
     state = [ops.copy(v.value) for v in optimizer.variables]

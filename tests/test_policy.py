@@ -9,9 +9,18 @@ from support import compiled
 from support import data
 
 import keras_mixprec as mp
+from keras_mixprec import compile_hook
 from keras_mixprec import hardware
 
-ORIGINAL = keras.Model.compile
+HOOKED = keras.Model.compile
+
+
+def scales(model):
+    return isinstance(model.optimizer, mp.LossScaleOptimizer)
+
+
+def half():
+    return compiled(classifier(dtype="float16"))
 
 
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float32"])
@@ -30,29 +39,43 @@ def test_one_line_is_enough():
 
 def test_float32_undoes_all_of_it():
     mp.set_policy("mixed_float16")
-    assert keras.Model.compile is not ORIGINAL
+    assert scales(half())
     mp.set_policy("float32")
-    assert keras.Model.compile is ORIGINAL
-    assert "compile" not in vars(keras.Model)
+    assert not scales(half())
     model = compiled(classifier(), "adam")
     assert type(model.optimizer) is type(keras.optimizers.Adam())
+    assert "train_step" not in vars(model) and "fit" not in vars(model)
+
+
+def test_the_hook_can_be_removed():
+    mp.set_policy("mixed_float16")
+    compile_hook.remove()
+    assert keras.Model.compile is HOOKED.__wrapped__
+    assert not scales(half())
+    compile_hook.put()
+    assert keras.Model.compile.__wrapped__ is HOOKED.__wrapped__
+
+
+def test_the_first_compile_with_our_optimizer_is_a_transaction():
+    model = compiled(classifier(), mp.LossScaleOptimizer("adam"))
+    assert model.train_step.is_transaction
 
 
 def test_scope_restores_what_was_there():
     with mp.policy_scope("mixed_float16") as name:
         assert name == keras.config.dtype_policy().name == "mixed_float16"
         with mp.policy_scope("float32"):
-            assert keras.Model.compile is ORIGINAL
-        assert keras.Model.compile is not ORIGINAL
+            assert not scales(half())
+        assert scales(half())
     assert keras.config.dtype_policy().name == "float32"
-    assert keras.Model.compile is ORIGINAL
+    assert not scales(half())
 
 
 def test_scope_restores_after_an_error():
     with pytest.raises(RuntimeError), mp.policy_scope("mixed_float16"):
         raise RuntimeError
     assert keras.config.dtype_policy().name == "float32"
-    assert keras.Model.compile is ORIGINAL
+    assert not compile_hook.is_installed()
 
 
 @pytest.mark.parametrize("policy", ["half", "float16", None, 16, "int8"])
@@ -60,7 +83,7 @@ def test_rejects_an_unknown_policy_and_changes_nothing(policy):
     with pytest.raises(ValueError, match="must be one of .*Received: policy="):
         mp.set_policy(policy)
     assert keras.config.dtype_policy().name == "float32"
-    assert keras.Model.compile is ORIGINAL
+    assert not compile_hook.is_installed()
 
 
 def test_compile_keeps_what_the_user_decided():
@@ -88,10 +111,10 @@ def test_float32_and_bfloat16_models_keep_their_optimizer():
 def test_compile_keeps_its_signature_and_docs():
     import inspect
 
-    expected = inspect.signature(ORIGINAL)
+    expected = inspect.signature(HOOKED.__wrapped__)
     mp.set_policy("mixed_float16")
     assert inspect.signature(keras.Model.compile) == expected
-    assert keras.Model.compile.__doc__ == ORIGINAL.__doc__
+    assert keras.Model.compile.__doc__ == HOOKED.__wrapped__.__doc__
 
 
 @pytest.mark.parametrize(

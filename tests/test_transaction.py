@@ -1,6 +1,4 @@
-"""`fit` and `train_on_batch`: a skipped step leaves nothing behind, an epoch is honest."""
-
-import warnings
+"""In `fit` a skipped step leaves nothing behind, and an epoch is honest."""
 
 import keras
 import numpy as np
@@ -58,9 +56,9 @@ def test_seeds_advance_over_a_skipped_step():
     seed = [v for v in model.non_trainable_variables if "seed" in v.path]
     before = snapshot(seed)
     model.train_on_batch(np.full((32, 8), np.nan, "float32"), y)
-    assert list(snapshot(seed).values())[0].tobytes() != list(before.values())[
-        0
-    ].tobytes()
+    assert (
+        list(snapshot(seed).values())[0].tobytes() != list(before.values())[0].tobytes()
+    )
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
@@ -141,7 +139,7 @@ class Net(keras.Model):
         self.scales = scales
         self.dense = keras.layers.Dense(1)
 
-    def call(self, x):
+    def call(self, x, training=False):
         return self.dense(x)
 
 
@@ -216,29 +214,12 @@ def test_a_custom_train_step_that_scales_trains_as_without_scaling():
 
 def test_attaching_twice_wraps_once():
     model = half_classifier()
-    step, fit_method = model.train_step, model.fit
+    step, fit_method = model.train_step.__wrapped__, model.fit
     compiled(model)
-    assert model.train_step is step
+    assert model.train_step.__wrapped__ == step
     assert model.fit is fit_method
 
 
-def test_a_transaction_costs_nothing_where_nothing_is_scaled():
-    mp.LossScaleOptimizer("sgd")
+def test_a_float32_model_is_left_alone():
     model = compiled(classifier(), "sgd")
-    x, y = data(32)
-    assert "loss" in fit(model, x, y)
-    assert not isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
-
-
-def test_saved_model_resumes_with_counters(tmp_path):
-    model = half_classifier()
-    x, y = data(96, bad=range(32, 64))
-    fit(model, x, y, epochs=2)
-    model.save(tmp_path / "model.keras")
-    again = keras.saving.load_model(tmp_path / "model.keras")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        again.compile(
-            mp.LossScaleOptimizer("adam"), "sparse_categorical_crossentropy"
-        ) if not isinstance(again.optimizer, mp.LossScaleOptimizer) else None
-    assert isinstance(again.optimizer, mp.LossScaleOptimizer)
+    assert not {"train_step", "fit", "train_on_batch"} & set(vars(model))

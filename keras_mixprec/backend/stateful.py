@@ -20,14 +20,22 @@ def wrap_train_step(transaction, read, restore_if):
         optimizers = transaction.optimizers()
         if not optimizers:
             return transaction.train_step(data)
-        variables = transaction.variables() + transaction.model.metrics_variables
+        variables = transaction.state()
         saved = read(variables)
-        before = [read([o.overflow_counter])[0] if o.built else 0 for o in optimizers]
+        before = {id(o): _count(o, read) for o in optimizers}
         with transaction.requires_scaled_loss():
             logs = transaction.train_step(data)
-        after = read([o.overflow_counter for o in optimizers])
-        changed = [ops.not_equal(a, b) for a, b in zip(after, before, strict=True)]
+        changed = [
+            ops.not_equal(_count(o, read), before[id(o)]) for o in optimizers if o.built
+        ]
+        if not changed:
+            return logs
         restore_if(functools.reduce(ops.logical_or, changed), variables, saved)
         return transaction.logs(logs)
 
     return step
+
+
+def _count(optimizer, read):
+    # An optimizer that nobody has used yet has skipped nothing.
+    return read([optimizer.overflow_counter])[0] if optimizer.built else 0

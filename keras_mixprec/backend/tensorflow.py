@@ -1,12 +1,15 @@
 """TensorFlow: `select` under XLA, `cond` outside it, one decision over replicas."""
 
 import contextlib
+import functools
 import threading
 
 import tensorflow as tf
 
 from keras_mixprec.backend import LARGEST_GRADIENT
 from keras_mixprec.backend import stateful
+from keras_mixprec.backend.shapes import group_by_shape
+from keras_mixprec.backend.shapes import order
 
 _trace = threading.local()
 
@@ -36,19 +39,32 @@ def _unscale_one(grad, scale):
     return tf.cast(grad, dtype) / tf.cast(scale, dtype)
 
 
-def overflow_flags(grads):
-    flags = [0 if g is None else _overflows(g) for g in grads]
-    return tf.stack([tf.cast(f, tf.int32) for f in flags])
+def overflow_flags(grads, scale):
+    values = [g.values if isinstance(g, tf.IndexedSlices) else g for g in grads]
+    if getattr(_trace, "xla", False):
+        return _flags_by_shape(values, scale)
+    flags = [False if v is None else _overflow(v[None], scale)[0] for v in values]
+    return tf.stack(flags)
 
 
-def _overflows(grad):
-    values = grad.values if isinstance(grad, tf.IndexedSlices) else grad
-    limit = tf.cast(min(LARGEST_GRADIENT, values.dtype.max), values.dtype)
+def _flags_by_shape(values, scale):
+    # One reduction per shape instead of one per gradient: on a GPU, launching two
+    # hundred kernels costs more than reading what they read. XLA fuses the stack
+    # into the reduction; outside XLA it would be a copy.
+    groups, flags = group_by_shape(values), [tf.zeros((1,), tf.bool)]
+    for members in groups:
+        flags.append(_overflow(tf.stack([values[i] for i in members]), scale))
+    return tf.gather(tf.concat(flags, 0), order(groups, len(values)))
+
+
+def _overflow(stacked, scale):
+    limit = tf.minimum(LARGEST_GRADIENT * scale, min(float(stacked.dtype.max), 3e38))
     # NaN compares false with everything.
-    return tf.logical_not(tf.reduce_all(tf.abs(values) <= limit))
+    usable = tf.abs(stacked) <= tf.cast(limit, stacked.dtype)
+    return tf.logical_not(tf.reduce_all(usable, axis=tuple(range(1, stacked.ndim))))
 
 
-def commit(flags, grads, update, record, variables):
+def commit(prepare, update, record, variables, compilable):
     """Call `update(grads)` if no flag is set on any replica, then `record(flags)`."""
     strategy = tf.distribute.get_strategy()
     context = tf.distribute.get_replica_context()
@@ -58,48 +74,72 @@ def commit(flags, grads, update, record, variables):
             "cross-replica context. Call it inside `strategy.run(...)`."
         )
     if strategy.num_replicas_in_sync > 1:
-        flags = context.all_reduce(tf.distribute.ReduceOp.SUM, flags)
-    if not tf.__internal__.distribute.strategy_supports_no_merge_call():
-        context.merge_call(
-            lambda strategy, flags, grads: _commit_on_all(
-                strategy, flags, grads, update, record
-            ),
-            args=(flags, grads),
-        )
+        _commit_on_replicas(context, prepare, update, record)
+    elif getattr(_trace, "xla", False):
+        _commit_by_select(prepare, update, record, variables)
+    elif compilable and not tf.executing_eagerly() and _on_one_gpu(variables):
+        _commit_compiled(prepare, update, record, variables)
+    else:
+        _commit_by_cond(prepare, update, record, variables)
+
+
+def _commit_on_replicas(context, prepare, update, record):
+    flags, grads = prepare()
+    counts = context.all_reduce(tf.distribute.ReduceOp.SUM, tf.cast(flags, tf.int32))
+    if tf.__internal__.distribute.strategy_supports_no_merge_call():
+        tf.cond(tf.reduce_any(counts > 0), tf.no_op, lambda: _run(update, grads))
+        record(counts > 0)
         return
-    _update_where_finite(flags, lambda: update(grads), variables)
+
+    def commit_on_all(strategy, counts, grads):
+        # In the cross-replica context: a branch that calls `merge_call`, as every
+        # optimizer's update does, may not be taken inside a replica.
+        total = strategy.experimental_local_results(counts)[0]
+        each = strategy.extended.call_for_each_replica
+        run = functools.partial(_run, each, update, args=(grads,))
+        tf.cond(tf.reduce_any(total > 0), tf.no_op, run)
+        record(total > 0)
+
+    context.merge_call(commit_on_all, args=(counts, grads))
+
+
+def _commit_by_select(prepare, update, record, variables):
+    # Under XLA a select fuses into each variable's own update; a branch does not.
+    flags, grads = prepare()
+    skipped = tf.reduce_any(flags)
+    saved = read(variables)
+    update(grads)
+    for v in variables:
+        if v.dtype == "float16":
+            # Weights that are float16 themselves can overflow in the update.
+            finite = tf.reduce_all(tf.math.is_finite(v.value))
+            skipped = tf.logical_or(skipped, tf.logical_not(finite))
+    restore_by_select(skipped, variables, saved)
     record(flags)
 
 
-def _commit_on_all(strategy, flags, grads, update, record):
-    # In the cross-replica context: a branch that calls `merge_call`, as every
-    # optimizer's update does, may not be taken inside a replica.
-    total = strategy.experimental_local_results(flags)[0]
-    tf.cond(
-        tf.reduce_all(total == 0),
-        lambda: _run(strategy.extended.call_for_each_replica, update, args=(grads,)),
-        tf.no_op,
-    )
-    record(total)
+def _commit_compiled(prepare, update, record, variables):
+    # Op by op, a GPU spends the update waiting for launches.
+    @tf.function(jit_compile=True, autograph=False)
+    def whole():
+        with _compiled(True):
+            _commit_by_select(prepare, update, record, variables)
+
+    whole()
 
 
-def _update_where_finite(flags, update, variables):
-    finite = tf.reduce_all(flags == 0)
-    half = [v for v in variables if v.dtype == "float16"]
-    if half or getattr(_trace, "xla", False):
-        _select(finite, update, variables, half)
-    else:
-        tf.cond(finite, lambda: _run(update), tf.no_op)
+def _on_one_gpu(variables):
+    devices = {v.value.device for v in variables}
+    return len(devices) == 1 and "GPU" in devices.pop()
 
 
-def _select(finite, update, variables, half):
-    # Under XLA a select fuses into each variable's own update; a branch does not.
-    saved = read(variables)
-    update()
-    for v in half:
-        # Weights that are float16 themselves can overflow in the update.
-        finite &= tf.reduce_all(tf.math.is_finite(v.value))
-    restore_by_select(tf.logical_not(finite), variables, saved)
+def _commit_by_cond(prepare, update, record, variables):
+    if any(v.dtype == "float16" for v in variables):
+        _commit_by_select(prepare, update, record, variables)
+        return
+    flags, grads = prepare()
+    tf.cond(tf.reduce_any(flags), tf.no_op, lambda: _run(update, grads))
+    record(flags)
 
 
 def _run(function, *args, **kwargs):

@@ -17,39 +17,59 @@ def unscale(grads, scale):
 
 
 @torch.no_grad()
-def overflow_flags(grads):
-    present = [g for g in grads if g is not None]
+def overflow_flags(grads, scale):
+    present = [i for i, g in enumerate(grads) if g is not None]
     # The largest magnitude of each gradient, NaN where one is; all in one call.
-    largest = torch.stack(
-        [n.float() for n in torch._foreach_norm(present, float("inf"))]
-    )
-    bad = (~(largest <= LARGEST_GRADIENT)).to(torch.int32)
-    flags = iter(bad.unbind())
-    none = torch.zeros((), dtype=torch.int32, device=bad.device)
-    return torch.stack([none if g is None else next(flags) for g in grads])
+    norms = torch._foreach_norm([grads[i] for i in present], float("inf"))
+    largest = torch.stack([n.float() for n in norms])
+    bad = ~(largest <= LARGEST_GRADIENT * scale)
+    if len(present) == len(grads):
+        return bad
+    flags = torch.zeros(len(grads), dtype=torch.bool, device=bad.device)
+    flags[present] = bad
+    return flags
 
 
 @torch.no_grad()
-def commit(flags, grads, update, record, variables):
+def commit(prepare, update, record, variables, compilable):
     """Keep what `update(grads)` assigns only if no flag is set; `record(flags)`."""
-    finite = (flags == 0).all()
+    flags, grads = prepare()
+    skipped = flags.any()
     half = [v for v in variables if v.dtype == "float16"]
-    if half or flags.device.type != "cpu" or torch.compiler.is_compiling():
+    if half or not _free_to_read(flags):
         saved = read(variables)
         update(grads)
         for v in half:
             # Weights that are float16 themselves can overflow in the update.
-            finite = finite & torch.isfinite(v.value).all()
-        restore_by_select(~finite, variables, saved)
-    elif finite:
-        # Reading a CPU tensor waits for nobody.
+            skipped = skipped | ~torch.isfinite(v.value).all()
+        restore_by_select(skipped, variables, saved)
+    elif not skipped:
         update(grads)
     record(flags)
 
 
+def _free_to_read(tensor):
+    # A tensor of the CPU keeps nobody waiting; a compiled graph would break.
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 @torch.no_grad()
 def read(variables):
-    return [v.value.detach().clone() for v in variables]
+    values = [v.value.detach() for v in variables]
+    kinds = [_INTEGER.get(v.element_size()) for v in values]
+    copies = [None] * len(values)
+    for kind in set(kinds):
+        members = [i for i, k in enumerate(kinds) if k is kind]
+        for i, copy in zip(members, _copy(values, members, kind), strict=True):
+            copies[i] = copy
+    return copies
+
+
+def _copy(values, members, kind):
+    if kind is None:
+        return [values[i].clone() for i in members]
+    # On the bit patterns, in one call.
+    return torch._foreach_add([values[i].view(kind) for i in members], 0)
 
 
 @torch.no_grad()
@@ -66,8 +86,7 @@ def restore_by_select(skipped, variables, saved):
         if kind is None:
             new.copy_(torch.where(skipped, old, new))
         else:
-            pair = (new.view(kind), old.view(kind))
-            groups.setdefault(kind, []).append(pair)
+            groups.setdefault(kind, []).append((new.view(kind), old))
     for kind, pairs in groups.items():
         new, old = zip(*pairs, strict=True)
         torch._foreach_sub_(old, new)
@@ -76,12 +95,11 @@ def restore_by_select(skipped, variables, saved):
 
 
 def _restore_if(skipped, variables, saved):
-    if skipped.device.type == "cpu" and not torch.compiler.is_compiling():
-        if skipped:
-            for v, old in zip(variables, saved, strict=True):
-                v.assign(old)
-    else:
+    if not _free_to_read(skipped):
         restore_by_select(skipped, variables, saved)
+    elif skipped:
+        for v, old in zip(variables, saved, strict=True):
+            v.assign(old.view(v.value.dtype))
 
 
 def wrap_train_step(transaction):
@@ -94,7 +112,10 @@ def _devices():
 
 def memory_info():
     return {
-        f"cuda:{i}": (torch.cuda.memory_allocated(i), torch.cuda.max_memory_allocated(i))
+        f"cuda:{i}": (
+            torch.cuda.memory_allocated(i),
+            torch.cuda.max_memory_allocated(i),
+        )
         for i in _devices()
     }
 

@@ -9,6 +9,7 @@ import keras
 from keras_mixprec import compile_hook
 from keras_mixprec import hardware
 from keras_mixprec.optimizer import LossScaleOptimizer
+from keras_mixprec.tensor_cores import tensor_core_advice
 
 _logger = logging.getLogger("keras_mixprec")
 
@@ -50,6 +51,7 @@ summed over devices; per device too (`gpu_memory_mb_0`, ...) where there are sev
         self._said = set()
         self._total_before = {}
         self._activity = None
+        self._advised = False
 
     def set_model(self, model: keras.Model) -> None:
         """Take the model, and the first place in the list of callbacks."""
@@ -83,13 +85,16 @@ summed over devices; per device too (`gpu_memory_mb_0`, ...) where there are sev
         if logs is not None:
             logs |= self._read_scales() | self._read_memory()
             logs |= hardware.read_activity(self._activity)
+            self._advise(logs)
 
-    def _optimizers(self) -> dict[str, Any]:
-        found = {}
-        for name, value in vars(self.model).items():
-            if isinstance(value, keras.optimizers.LossScaleOptimizer):
-                found.setdefault(id(value), (name.lstrip("_"), value))
-        optimizers = {name: o for name, o in found.values() if o.built}
+    def _advise(self, logs):
+        advice = tensor_core_advice(self.model, logs)
+        if advice and not self._advised:
+            self._advised = True
+            _logger.warning(advice)
+
+    def _optimizers(self):
+        optimizers = {name: o for name, o in self._wrappers().items() if o.built}
         if len(optimizers) == 1:
             return {"": next(iter(optimizers.values()))}
         return {f"{name}_": o for name, o in optimizers.items()}
@@ -131,26 +136,24 @@ summed over devices; per device too (`gpu_memory_mb_0`, ...) where there are sev
         return logs
 
     def _check_scaling(self):
-        scaling = self._scaling_optimizers()
-        if not scaling and compile_hook.computes_in_float16(self.model):
-            self._say_once(
-                f"Model '{self.model.name}' computes in float16 but its loss is not "
-                "scaled: small gradients become 0. Mend it with "
-                "`model.compile(mp.LossScaleOptimizer(model.optimizer), ...)`."
-            )
-        if any(not isinstance(o, LossScaleOptimizer) for o in scaling):
+        message = compile_hook.unscaled_message(self.model)
+        if message:
+            self._say_once(message)
+        if any(
+            not isinstance(o, LossScaleOptimizer) for o in self._wrappers().values()
+        ):
             self._say_once(
                 "The loss is scaled by Keras's own wrapper: loss_scale is logged; "
                 "overflow_count and overflow_total are missing, because it does not "
                 "count. For them, compile with `mp.LossScaleOptimizer(...)`."
             )
 
-    def _scaling_optimizers(self):
-        return [
-            v
-            for v in vars(self.model).values()
-            if isinstance(v, keras.optimizers.LossScaleOptimizer)
-        ]
+    def _wrappers(self) -> dict[str, Any]:
+        found = {}
+        for name, value in vars(self.model).items():
+            if isinstance(value, keras.optimizers.LossScaleOptimizer):
+                found.setdefault(id(value), (name.lstrip("_"), value))
+        return dict(found.values())
 
     def _say_once(self, message):
         if message not in self._said:

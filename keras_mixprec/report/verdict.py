@@ -1,0 +1,138 @@
+"""What the logs of a run mean, in words."""
+
+import math
+from dataclasses import dataclass
+
+from keras_mixprec.report.runs import Run
+
+# Trainings that differ in nothing but the seed end about as far apart.
+_AGREEMENT_POINTS = 1.0
+# More than that, late in training, and steps are lost rather than scales tried.
+_LARGEST_LATE_SHARE = 0.1
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One sentence or two about a run.
+
+    Attributes:
+        level: `"good"`, `"info"`, `"warning"` or `"bad"`.
+        text: What was seen, and what to do about it.
+    """
+
+    level: str
+    text: str
+
+
+def judge(runs: list[Run]) -> list[Verdict]:
+    """Return a verdict for each run, and one on how they compare."""
+    together = [_compare(runs)] if len(runs) > 1 else []
+    return [v for v in [*together, *map(_judge_one, runs)] if v]
+
+
+def format_scale(scale: float) -> str:
+    """Return a loss scale as people write it: `32,768 (2^15)`."""
+    if not scale > 0 or math.isinf(scale):
+        return str(scale)
+    exponent = f"2^{math.log2(scale):.4g}"
+    return f"{scale:,.0f} ({exponent})" if scale >= 1 else exponent
+
+
+def _judge_one(run):
+    loss, scales = run.last("loss"), run.matching("loss_scale")
+    if loss is not None and not math.isfinite(loss):
+        return Verdict(
+            "bad",
+            f"{run.label}: the loss of the last epoch is {loss}. Look for NaN or inf "
+            "in the data, a learning rate that is too high, or a layer that needs "
+            "float32.",
+        )
+    if not scales:
+        return Verdict(
+            "info",
+            f"{run.label}: no loss scale was logged. Right in float32 and bfloat16; "
+            "a float16 run needs MixedPrecisionMonitor() among its callbacks.",
+        )
+    return _judge_scale(run, min(run.last(key) for key in scales))
+
+
+def _judge_scale(run, scale):
+    where = f"the loss scale ended at {format_scale(scale)}"
+    counts = run.matching("overflow_count")
+    if not scale >= 1 or math.isinf(scale):
+        return Verdict(
+            "warning",
+            f"{run.label}: {where}. A sound model rarely needs one outside 1 to 2^24: "
+            "look for values that float16 cannot hold.",
+        )
+    if not counts:
+        return Verdict(
+            "info",
+            f"{run.label}: {where}. Overflows were not counted: compile with "
+            "keras_mixprec.LossScaleOptimizer to see them.",
+        )
+    return _judge_counts(run, counts, where)
+
+
+def _judge_counts(run, counts, where):
+    total = int(sum(sum(values.values()) for values in counts.values()))
+    late = _late_share(run, counts)
+    if late > _LARGEST_LATE_SHARE:
+        return Verdict(
+            "warning",
+            f"{run.label}: {late:.0%} of the steps in the second half of training "
+            f"overflowed and were skipped; {where}. Some layer needs float32.",
+        )
+    if not total:
+        return Verdict("good", f"{run.label}: no step overflowed; {where}.")
+    epochs = [e for values in counts.values() for e, n in values.items() if n]
+    return Verdict(
+        "good",
+        f"{run.label}: {_steps(total)} overflowed and {_was(total)} skipped"
+        f"{_of_all(run, counts, total)}, the last in epoch {max(epochs)}; {where}. "
+        "That is loss scaling at work: weights were never touched by these steps.",
+    )
+
+
+def _late_share(run, counts):
+    if not run.steps_per_epoch:
+        return 0.0
+    shares = []
+    for values in counts.values():
+        late = list(values.values())[len(values) // 2 :]
+        shares.append(sum(late) / (run.steps_per_epoch * len(late)))
+    return max(shares)
+
+
+def _of_all(run, counts, total):
+    if not run.steps_per_epoch:
+        return ""
+    steps = run.steps_per_epoch * sum(map(len, counts.values()))
+    return f" ({total / steps:.1%} of {steps:,})"
+
+
+def _steps(n):
+    return "1 step" if n == 1 else f"{n:,} steps"
+
+
+def _was(n):
+    return "was" if n == 1 else "were"
+
+
+def _compare(runs):
+    key = _accuracy_key(runs)
+    if key is None:
+        return None
+    ends = {run.label: 100 * run.last(key) for run in runs}
+    apart = max(ends.values()) - min(ends.values())
+    each = ", ".join(f"{label} {value:.2f}%" for label, value in ends.items())
+    return Verdict(
+        "good" if apart <= _AGREEMENT_POINTS else "warning",
+        f"{key} of the last epoch: {each}; {apart:.2f} points apart.",
+    )
+
+
+def _accuracy_key(runs):
+    shared = [k for k in runs[0].logs if all(k in run.logs for run in runs)]
+    found = [k for k in shared if "acc" in k]
+    return next((k for k in found if k.startswith("val_")), next(iter(found), None))
