@@ -24,7 +24,6 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 import keras_mixprec as mp
-from keras_mixprec.report import report
 
 BATCH_SIZE = 64
 MEMORY = {"gpu_memory_peak_mb": "GPU MiB", "host_memory_mb": "host MiB"}
@@ -141,7 +140,7 @@ def main(arguments=None):
         for policy in ("float32", "mixed_float16")
     }
     print_table(runs)
-    page = report(
+    page = mp.report(
         {policy: history for policy, (history, _) in runs.items()},
         args.output,
         title="Digits: float32 and mixed_float16 side by side",

@@ -18,6 +18,8 @@ from keras_mixprec.convert import convert
 from keras_mixprec.optimizer import LossScaleOptimizer
 from keras_mixprec.timing import TimedFit
 
+pytestmark = pytest.mark.slow
+
 SHORT = {"batch_size": 8, "steps": 2, "blocks": 2, "verbose": 0}
 ALL = ("float32", "mixed_float16", "mixed_bfloat16")
 HALF = ("float32", "mixed_float16")

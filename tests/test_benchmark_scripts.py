@@ -5,6 +5,8 @@ import pathlib
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 
 

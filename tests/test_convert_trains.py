@@ -1,4 +1,4 @@
-"""Converted models learn real data as well as float32 does (slow)."""
+"""Converted models learn real data as well as float32 does (`-m matrix`)."""
 
 import keras
 import numpy as np
@@ -65,7 +65,7 @@ def accuracy(make, policy, seed) -> float:
     return model.evaluate(*test, verbose=0)[1]
 
 
-@pytest.mark.slow
+@pytest.mark.matrix
 @pytest.mark.parametrize("make", [convolutional, transformer])
 def test_within_half_a_point_of_float32(make):
     on_jax = keras.config.backend() == "jax"  # Has no float16 attention on CPUs.

@@ -10,6 +10,8 @@ from keras_mixprec.convert import convert
 from keras_mixprec.convert import to_float32
 from keras_mixprec.plan import plan
 
+pytestmark = pytest.mark.slow
+
 
 class Log(layers.Layer):
     """1e-8 is 0 in float16."""

@@ -2,10 +2,13 @@
 
 import keras
 import numpy as np
+import pytest
 from keras import layers
 
 from keras_mixprec.convert import convert
 from keras_mixprec.plan import plan
+
+pytestmark = pytest.mark.slow
 
 
 class Reader(keras.Model):

@@ -18,6 +18,8 @@ from keras_mixprec.range_report import Frame
 from keras_mixprec.range_report import RangeReport
 from keras_mixprec.ranges import Range
 
+pytestmark = pytest.mark.slow
+
 HALF = "mixed_float16"
 BACKEND = keras.backend.backend()
 

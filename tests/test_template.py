@@ -10,6 +10,8 @@ from keras import layers
 from keras_mixprec.convert import convert
 from keras_mixprec.plan import plan
 
+pytestmark = pytest.mark.slow
+
 
 @keras.saving.register_keras_serializable(package="test_template")
 class Gate(layers.Layer):
