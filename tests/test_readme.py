@@ -43,7 +43,7 @@ def test_two_commands_of_one_line():
     assert [c.count("\n") for c in commands] == [1, 1]
     quickstart, tests = commands
     assert quickstart.endswith("examples/quickstart.py\n")
-    assert tests.endswith("pytest -q\n")
+    assert tests.endswith("pytest -q -n 2\n")
     assert (ROOT / "examples" / "quickstart.py").is_file()
 
 
