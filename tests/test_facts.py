@@ -254,3 +254,22 @@ def test_row_13_every_overflow_is_counted_under_steps_per_execution():
 
 def test_stateless_is_known_to_these_tests():
     assert (BACKEND != "tensorflow") == STATELESS
+
+
+@pytest.mark.filterwarnings("ignore:Epoch")
+def test_row_9_extra_losses_of_a_converted_model():
+    model = keras.Sequential(
+        [
+            keras.Input((8,)),
+            keras.layers.Dense(16, activity_regularizer=keras.regularizers.L2(100.0)),
+            Extra(),
+            keras.layers.Dense(3, "softmax"),
+        ]
+    )
+    compiled(model, keras.optimizers.SGD(1e-9))
+    x, y = data(32)
+    expected = model.evaluate(x, y, verbose=0)[0]
+    mp.convert(model)
+    assert isinstance(model.optimizer, mp.LossScaleOptimizer)
+    assert abs(model.evaluate(x, y, verbose=0)[0] / expected - 1) < 0.02
+    assert np.isfinite(fit(model, x, y, epochs=20)["loss"][-1])
