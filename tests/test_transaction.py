@@ -174,8 +174,9 @@ def _jax_step(self, state, batch):
     def scaled(values):
         prediction, _ = self.stateless_call(values, rest, x, training=True)
         loss = ops.mean(ops.square(prediction - y))
-        scale = self.optimizer.stateless_scale_loss
-        return (scale(optimizer, loss) if self.scales else loss), loss
+        if not self.scales:
+            return loss, loss
+        return self.optimizer.stateless_scale_loss(optimizer, loss), loss
 
     (_, loss), grads = jax.value_and_grad(scaled, has_aux=True)(trainable)
     trainable, optimizer = self.optimizer.stateless_apply(optimizer, grads, trainable)
