@@ -103,8 +103,16 @@ def unscaled_message(model: keras.Model) -> str | None:
     )
 
 
-def scaling_optimizer(model: keras.Model, optimizer):
-    """Return `optimizer`, wrapped in ours if `model` needs it and it is bare."""
+def scaling_optimizer(
+    model: keras.Model, optimizer, initial_scale: float | None = None
+):
+    """Return `optimizer`, wrapped in ours if `model` needs it and it is bare.
+
+    Args:
+        model: The model.
+        optimizer: Its optimizer, or what names one.
+        initial_scale: Float, the first loss scale. Defaults to the wrapper's default.
+    """
     from keras_mixprec.optimizer import LossScaleOptimizer
 
     if optimizer is None or not computes_in_float16(model):
@@ -112,4 +120,10 @@ def scaling_optimizer(model: keras.Model, optimizer):
     optimizer = keras.optimizers.get(optimizer)
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         return optimizer
-    return LossScaleOptimizer(optimizer, name="loss_scale_optimizer")
+    scale = {} if initial_scale is None else {"initial_scale": initial_scale}
+    scaling = LossScaleOptimizer(optimizer, name="loss_scale_optimizer", **scale)
+    if optimizer.built:
+        # Else a file saved before the next step would hold an optimizer half built,
+        # whose state Keras does not load.
+        scaling.build(model.trainable_variables)
+    return scaling

@@ -14,6 +14,7 @@ from keras_mixprec.plan import decide
 from keras_mixprec.precision_plan import HALF
 from keras_mixprec.precision_plan import PrecisionPlan
 from keras_mixprec.precision_plan import check_policy
+from keras_mixprec.precisions import has_float32_activations
 from keras_mixprec.precisions import is_converted
 from keras_mixprec.precisions import reset_precisions
 from keras_mixprec.precisions import rows_by_layer
@@ -32,6 +33,7 @@ def convert(
     sample: Any = None,
     *,
     dry_run: bool = True,
+    activations: str | None = None,
 ) -> keras.Model:
     """Convert a model to mixed precision in place; its weights stay as they are.
 
@@ -44,23 +46,30 @@ def convert(
         policy: `"mixed_float16"`, `"mixed_bfloat16"` or `"float32"`. Defaults to
             `"mixed_float16"`.
         keep_float32: What else stays in float32, as for `plan`. Defaults to nothing.
-        plan: The plan to carry out. Defaults to `plan(model, policy, keep_float32)`.
+        plan: The plan to carry out; an optimizer that is wrapped for it begins with
+            its `initial_scale`. Defaults to `plan(model, policy, keep_float32)`.
         sample: Inputs of the model: one batch, as `model(sample)` takes it, for the
             dry run. Defaults to zeros of the input shapes.
         dry_run: Whether to run the model once in its new precisions, and keep in
             float32 what fails. A `plan` is carried out as it is, unless there is a
             sample. Defaults to `True`.
+        activations: `"float32"` to compute the activation functions of half-precision
+            layers in float32: product and bias in half precision, the function in
+            float32, its result in half precision again. Not those of RNN cells, nor
+            activations that are layers. `"half"` undoes that. Defaults to what the
+            plan says, else to what the model has: `"half"` at first.
 
     Returns:
         The same model.
 
     Raises:
         TypeError: If `model` is no model, or `plan` no plan.
-        ValueError: If the policy is unknown, an entry of `keep_float32` matches no
-            layer, or the plan is another model's.
+        ValueError: If the policy or `activations` is unknown, an entry of
+            `keep_float32` matches no layer, or the plan is another model's.
     """
     check_model(model)
     policy = check_policy(policy)
+    _check_activations(activations)
     if policy == "float32" and plan is None:
         return to_float32(model)
     build_on(model, sample)
@@ -69,11 +78,12 @@ def convert(
     else:
         plan, dry_run = _checked_copy(plan), sample is not None
         rows_by_layer(model, plan)
+    plan.activations = _activations(model, plan, activations)
     if dry_run and not set(HALF).isdisjoint(plan.counts()):
         try_out(model, plan, sample)
     set_precisions(model, plan)
     remember_precisions(model)
-    recompile(model)
+    recompile(model, plan.initial_scale)
     return model
 
 
@@ -101,6 +111,21 @@ def to_float32(model: keras.Model) -> keras.Model:
     forget_precisions(model)
     recompile(model)
     return model
+
+
+def _activations(model, plan, asked) -> str | None:
+    if asked is None and plan.activations is None and has_float32_activations(model):
+        return "float32"
+    return plan.activations if asked is None else {"half": None}.get(asked, asked)
+
+
+def _check_activations(activations: Any) -> None:
+    if activations not in (None, "half", "float32"):
+        raise ValueError(
+            'Expected `activations` to be "float32" or "half". '
+            f"Received: activations={activations!r}. Leave it out to keep them as "
+            "they are."
+        )
 
 
 def _checked_copy(plan: Any) -> PrecisionPlan:

@@ -33,18 +33,19 @@ def overflowing_layers(model: keras.Model, counts: dict[str, int]) -> dict[str, 
     return {layer: count for layer, count in layers.items() if count}
 
 
-def describe_layers(layers: dict[str, int]) -> str:
+def describe_layers(layers: dict[str, int], when: str = "since training began") -> str:
     """Return a sentence that names the first of `overflowing_layers`.
 
     Args:
         layers: What `overflowing_layers` returned.
+        when: String, the time that was counted.
     """
     if not layers:
-        return "No layer overflowed since training began."
+        return f"No layer overflowed {when}."
     named = [f"'{n}' ({count})" for n, count in [*layers.items()][:_NAMED_LAYERS]]
     more = len(layers) - len(named)
     return (
-        "Layers whose gradients overflowed since training began, nearest the loss "
+        f"Layers whose gradients overflowed {when}, nearest the loss "
         f"first: {', '.join(named)}{f' and {more} more' if more else ''}."
     )
 

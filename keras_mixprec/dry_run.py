@@ -21,6 +21,7 @@ from keras_mixprec.rules import LARGEST_FLOAT16
 from keras_mixprec.structure import graph_of
 from keras_mixprec.structure import is_float
 from keras_mixprec.structure import walk
+from keras_mixprec.untouched import unchanged_variables
 
 
 @dataclasses.dataclass
@@ -68,7 +69,7 @@ def dry_run(model: keras.Model, plan: PrecisionPlan, sample: Any = None) -> None
     except Exception as error:  # Shapes that were never known, or types without zero.
         plan.advice.append(f"no dry run: {_one_line(error)}")
         return
-    with preserved(model), _unchanged_variables(model):
+    with preserved(model), unchanged_variables(model):
         reset_precisions(model)
         reference = _run(model, args, kwargs)
         if reference.error is not None:
@@ -214,18 +215,3 @@ def _one_line(error) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     own = [line for line in lines if not line.startswith("Exception encountered")]
     return f"{type(error).__name__}: {(own or [''])[0][:80]}"
-
-
-class _unchanged_variables:
-    """Inside, what a forward pass writes is put back: counters, statistics, seeds."""
-
-    def __init__(self, model):
-        variables = model.non_trainable_variables + model.metrics_variables
-        self.values = [(v, keras.ops.convert_to_numpy(v)) for v in variables]
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        for variable, value in self.values:
-            variable.assign(value)

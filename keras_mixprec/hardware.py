@@ -30,6 +30,18 @@ def best_policy() -> tuple[str, str]:
     return "float32", "no accelerator, and a CPU without bfloat16 units"
 
 
+def has_bfloat16() -> bool:
+    """Whether this machine multiplies in bfloat16.
+
+    Tensor cores do from compute capability 8.0 on (NVIDIA, "A100 Tensor Core GPU
+    Architecture", 2020).
+    """
+    kind, capability = engine.accelerator() or ("cpu", None)
+    if kind == "gpu":
+        return capability >= (8, 0)
+    return kind == "tpu" or cpu_bfloat16_units() is not None
+
+
 def cpu_bfloat16_units(cpuinfo: str = "/proc/cpuinfo") -> str | None:
     """Return the CPU's bfloat16 extension, or `None` (also where unknown).
 

@@ -1,6 +1,7 @@
 """`LossScaleOptimizer`: dynamic loss scaling that never writes a non-finite value."""
 
 import contextlib
+import functools
 import warnings
 from typing import Any
 
@@ -30,10 +31,10 @@ _KERAS_VARIABLES = 4
 class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     """Scale the loss, skip steps that overflow, and count both.
 
-    Drop-in for `keras.optimizers.LossScaleOptimizer`. A step in which any gradient
-    is not finite, or larger than 2**48 (its squares would not add up in float32),
-    changes nothing but the loss scale and the counters: no weight, no slot, no
-    schedule. The scale moves as `keras_mixprec.loss_scale.next_state` says.
+    Drop-in for `keras.optimizers.LossScaleOptimizer`. A step in which any variable's
+    gradient is not finite, or has a norm above 2**48 (its squares would not add up in
+    float32), changes nothing but the loss scale and the counters: no weight, no slot,
+    no schedule. The scale moves as `keras_mixprec.loss_scale.next_state` says.
 
     A fixed loss scale is `growth_factor=1.0, backoff_factor=1.0`.
 
@@ -102,7 +103,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         self._loss_was_scaled = False
         self._gradients_were_unscaled = False
         self._in_transaction = False
-        self._waiting_weights = None
+        self._load_when_built = None
 
     def build(self, var_list: list) -> None:
         """Create the variables of this optimizer and of the inner one.
@@ -121,17 +122,17 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         self.overflow_counter = self._add_counter("overflow_count")
         self.consecutive_counter = self._add_counter("consecutive_overflows")
         self.variable_counters = self._add_counter("overflow_counts", (len(var_list),))
-        if self._waiting_weights is not None:
-            weights, self._waiting_weights = self._waiting_weights, None
-            self.set_weights(weights)
+        if self._load_when_built is not None:
+            load, self._load_when_built = self._load_when_built, None
+            load()
 
     def build_for_waiting_weights(self, var_list: list) -> None:
-        """Build now, before a step is traced, if `set_weights` came too early.
+        """Build now, before a step is traced, if the state to load came too early.
 
         Args:
             var_list: List of `keras.Variable`, the trainable variables.
         """
-        if self._waiting_weights is not None and not self.built:
+        if self._load_when_built is not None and not self.built:
             self.build(var_list)
 
     def _add_counter(self, name, shape=(), initial_value=0):
@@ -258,19 +259,22 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             raise ValueError("No gradients provided for any variable.")
         unscaled, self._gradients_were_unscaled = self._gradients_were_unscaled, False
         scale = ops.ones(()) if unscaled else self._scale()
+        # Before anything branches on them.
+        grads = engine.reduce_gradients(grads)
 
-        def prepare():
-            # The flags look at what the backward pass wrote, not at the quotients:
-            # one reader more for each gradient, and no second copy of it.
-            flags = engine.overflow_flags(grads, scale)
-            return flags, grads if unscaled else self._unscale(grads, variables)
+        def update(grads):
+            # Unscaled where they are used, so that the quotients need no memory.
+            grads = grads if unscaled else self._unscale(grads, variables)
+            self.inner_optimizer.apply(grads, variables)
 
         engine.commit(
-            prepare,
-            lambda grads: self.inner_optimizer.apply(grads, variables),
+            grads,
+            scale,
+            update,
             lambda flags: self._record(flags, variables),
             [*self._trainable_variables, *self.inner_optimizer.variables],
             compilable=self._is_keras_own(),
+            optimizer=self.inner_optimizer,
         )
 
     def stateless_apply(
@@ -367,8 +371,10 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
     def _check_loss_was_scaled(self, variables):
         # A variable of a layer has a path below the layer's; gradients for others
         # may come from anywhere.
+        if self._loss_was_scaled:
+            return
         of_a_model = any("/" in _path(v) for v in variables)
-        if self._loss_was_scaled or not (self._in_transaction or of_a_model):
+        if not (self._in_transaction or of_a_model):
             return
         raise ValueError(
             f"`apply()` divides the gradients by the loss scale, but '{self.name}' "
@@ -405,7 +411,19 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             store[str(i)] = ops.convert_to_numpy(variable)
 
     def load_own_variables(self, store: Any) -> None:
-        """Read what `save_own_variables`, ours or Keras's wrapper's, wrote."""
+        """Read what `save_own_variables`, ours or Keras's wrapper's, wrote.
+
+        Before the optimizer is built, as in `load_weights` of a model that has not
+        trained yet, it is kept until then.
+
+        Args:
+            store: Mapping from "0", "1", ... to arrays.
+        """
+        if not self.built:
+            keys = list(store.keys())
+            copies = {key: np.array(store[key]) for key in keys}
+            self._load_when_built = functools.partial(self.load_own_variables, copies)
+            return
         variables, extras = self._stored_variables()
         stored = len(store.keys())
         if stored not in (len(variables), len(variables) - extras):
@@ -429,7 +447,8 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         """
         if not self.built:
             # Copies: the file they are read from may be closed by then.
-            self._waiting_weights = [np.array(w) for w in weights]
+            copies = [np.array(w) for w in weights]
+            self._load_when_built = functools.partial(self.set_weights, copies)
             return
         variables, extras = self._stored_variables()
         if len(weights) == len(variables):

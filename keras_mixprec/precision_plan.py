@@ -26,6 +26,7 @@ class LayerPlan:
         parameters: Int, weights that the layer itself owns.
         multiply_adds: Int, for one example; unknown dimensions count as 1.
         advice: What costs speed or range here, if anything.
+        measured: What `calibrate` measured, by name; empty if it did not.
     """
 
     path: str
@@ -35,6 +36,7 @@ class LayerPlan:
     parameters: int = 0
     multiply_adds: int = 0
     advice: list[str] = dataclasses.field(default_factory=list)
+    measured: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass
@@ -45,11 +47,16 @@ class PrecisionPlan:
         policy: Name of the policy that was asked for.
         rows: List of `LayerPlan`.
         advice: What concerns the model as a whole.
+        initial_scale: The loss scale to begin with, as `calibrate` proposes it, or
+            None.
+        activations: `"float32"` if activation functions compute in float32, or None.
     """
 
     policy: str
     rows: list[LayerPlan]
     advice: list[str] = dataclasses.field(default_factory=list)
+    initial_scale: float | None = None
+    activations: str | None = None
 
     def __iter__(self) -> Iterator[LayerPlan]:
         return iter(self.rows)
@@ -126,11 +133,16 @@ class PrecisionPlan:
 
     def _foot(self) -> list[str]:
         counts = ", ".join(f"{n} {policy}" for policy, n in self.counts().items())
-        return [
+        lines = [
             f"{len(self)} layers: {counts}",
             f"in half precision: {self.half_share('parameters'):.1%} of parameters, "
             f"{self.half_share('multiply_adds'):.1%} of multiply-adds",
         ]
+        if self.initial_scale is not None:
+            lines.append(f"initial loss scale: {self.initial_scale:g}")
+        if self.activations is not None:
+            lines.append(f"activation functions in {self.activations}")
+        return lines
 
     def _advice_lines(self) -> list[str]:
         of_rows = [f"{r.path}: {advice}" for r in self.rows for advice in r.advice]
@@ -170,7 +182,8 @@ class PrecisionPlan:
         fields = json.loads(source)
         try:
             rows = [LayerPlan(**row) for row in fields["rows"]]
-            return cls(check_policy(fields["policy"]), rows, fields["advice"])
+            rest = {**fields, "policy": check_policy(fields["policy"]), "rows": rows}
+            return cls(**rest)
         except (KeyError, TypeError) as error:
             raise ValueError(
                 "Expected the JSON that `PrecisionPlan.to_json` writes. "

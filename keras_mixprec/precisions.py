@@ -8,8 +8,11 @@ from collections.abc import Iterator
 
 import keras
 
+from keras_mixprec.activation_cast import cast_activation
+from keras_mixprec.activation_cast import uncast_activation
 from keras_mixprec.output_cast import cast_outputs
 from keras_mixprec.output_cast import uncast_outputs
+from keras_mixprec.precision_plan import HALF
 from keras_mixprec.precision_plan import PrecisionPlan
 from keras_mixprec.rules import DERIVED
 from keras_mixprec.rules import HARD_CODED
@@ -19,9 +22,11 @@ from keras_mixprec.structure import Place
 from keras_mixprec.structure import graph_of
 from keras_mixprec.structure import walk
 
+_ACTIVATION = "_mixprec_activation"
 # What a layer remembers of its conversion: the policy it had, why its policy is not
-# what the rules say, and the type its outputs are cast to. Absent where there is none.
-_NOTES = ("_mixprec_original", "_mixprec_reason", "_mixprec_cast")
+# what the rules say, the type its outputs are cast to, and that of its activation
+# function. Absent where there is none.
+_NOTES = ("_mixprec_original", "_mixprec_reason", "_mixprec_cast", _ACTIVATION)
 
 
 def is_converted(layer: keras.Layer) -> bool:
@@ -43,6 +48,9 @@ def set_precisions(model: keras.Model, plan: PrecisionPlan) -> None:
     for place, row in rows:
         _set_policy(place.layer, row.policy)
         _note(place.layer, "_mixprec_reason", _remembered(row))
+        uncast_activation(place.layer)
+        if plan.activations == "float32" and row.policy in HALF:
+            cast_activation(place.layer)
     reasons = {id(place.layer): row.reason for place, row in rows}
     for place, _ in rows:
         _cast_for_parent(place, reasons)
@@ -70,6 +78,7 @@ def reset_precisions(model: keras.Model) -> None:
     """Give every converted layer the policy it had before."""
     for place in walk(model):
         uncast_outputs(place.layer)
+        uncast_activation(place.layer)
         if is_converted(place.layer):
             place.layer.dtype_policy = place.layer._mixprec_original
         for name in _NOTES:
@@ -108,6 +117,11 @@ def restore_precisions(model: keras.Model, saved: list[dict]) -> bool:
     return True
 
 
+def has_float32_activations(model: keras.Model) -> bool:
+    """Return whether activation functions were asked to compute in float32."""
+    return any(hasattr(place.layer, _ACTIVATION) for place in walk(model))
+
+
 @contextlib.contextmanager
 def preserved(model: keras.Model) -> Iterator[None]:
     """Put the model's precisions back at the end, whatever happens inside."""
@@ -128,10 +142,15 @@ def _precision(layer) -> dict:
 
 def _restore(layer, one) -> None:
     uncast_outputs(layer)
+    uncast_activation(layer)
     if one["policy"] not in (None, layer.dtype_policy.name):
         layer.dtype_policy = one["policy"]
     for name in _NOTES:
-        _note(layer, name, one[name])
+        # Files of earlier versions lack the later notes.
+        _note(layer, name, one.get(name))
+    if one.get(_ACTIVATION) is not None:
+        del layer._mixprec_activation
+        cast_activation(layer)
     if one["_mixprec_cast"] is not None:
         del layer._mixprec_cast
         cast_outputs(layer, one["_mixprec_cast"])

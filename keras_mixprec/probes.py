@@ -149,14 +149,18 @@ def measurable(model: keras.Model) -> list[Place]:
         if place.parent
         and graph_of(place.layer) is None
         and not isinstance(place.layer, keras.layers.InputLayer)
-        and not _in_loop(place)
+        and loop_around(place) is None
     ]
 
 
-def _in_loop(place):
+def loop_around(place: Place) -> Place | None:
+    """Return the outermost layer that runs this one in a loop over time, if any."""
     loops = (keras.layers.RNN, keras.layers.TimeDistributed)
     parent = place.parent
-    return parent is not None and (isinstance(parent.layer, loops) or _in_loop(parent))
+    if parent is None:
+        return None
+    outer = loop_around(parent)
+    return outer or (parent if isinstance(parent.layer, loops) else None)
 
 
 def _tapped(x, probe, row):

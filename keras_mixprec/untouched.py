@@ -37,6 +37,22 @@ def left_as_it_was(model: keras.Model) -> Iterator[None]:
         gc.collect()
 
 
+@contextlib.contextmanager
+def unchanged_variables(model: keras.Model) -> Iterator[None]:
+    """Put back, at the end, what a forward pass writes: counters, statistics, seeds.
+
+    Args:
+        model: `keras.Model`, built.
+    """
+    variables = model.non_trainable_variables + model.metrics_variables
+    values = [(v, _copied(v)) for v in variables]
+    try:
+        yield
+    finally:
+        for variable, value in values:
+            variable.assign(value)
+
+
 def _copied(variable):
     # A copy: on a CPU the array may be the variable's own memory.
     return np.array(keras.ops.convert_to_numpy(variable), copy=True)

@@ -1,21 +1,26 @@
 """One module per Keras backend, each with the same few functions.
 
 `commit`            apply an update only if no gradient overflowed, and record it
-`overflow_flags`    which gradients no optimizer can use
+`reduce_gradients`  summed over the replicas, where the engine has not done so
 `unscale`           gradients divided by the loss scale, in float32 at least
 `wrap_train_step`   a train step that is committed or rolled back whole
+`is_chief`          whether this process speaks for those that train together
+`gradients`         of a function, eagerly, by variables and by tensors
 `memory_info`       bytes in use and at the peak, per accelerator
 `reset_peak_memory` start the peak anew
 `accelerator`       what the hardware is, for `set_policy("auto")`
+`xla`               whether it compiles with XLA, and what to know about that
 """
 
 import importlib
 
 import keras
 
-# A gradient is usable if it is finite and so are sums of squares of it: global
-# clipping and second moments add up to 2**30 squares of 2**48, below float32's 2**128.
-LARGEST_GRADIENT = 2.0**48
+# A variable's gradient is usable if its norm is finite and leaves room in float32 for
+# sums of squares over all variables (global clipping) and in time (second moments).
+LARGEST_NORM = 2.0**48
+# The norm of the scaled gradient, whose own square must fit into float32 as well.
+LARGEST_SCALED_NORM = 2.0**63
 
 _MODULES = ("tensorflow", "jax", "torch")
 

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import keras
 
-from keras_mixprec.backend import LARGEST_GRADIENT
+from keras_mixprec.backend import LARGEST_NORM
+from keras_mixprec.backend import LARGEST_SCALED_NORM
 from keras_mixprec.backend.shapes import group_by_shape
 from keras_mixprec.backend.shapes import order
 
@@ -17,27 +18,33 @@ def unscale(grads, scale):
     ]
 
 
-def overflow_flags(grads, scale):
+def _flags(grads, scale):
     # One reduction per shape instead of one per gradient: on a GPU, launching two
     # hundred kernels costs more than reading what they read.
-    groups, flags = group_by_shape(grads), [jnp.zeros((1,), bool)]
+    groups, squares = group_by_shape(grads), [jnp.zeros((1,))]
     for members in groups:
-        flags.append(_overflow(jnp.stack([grads[i] for i in members]), scale))
-    return jnp.concatenate(flags)[jnp.array(order(groups, len(grads)))]
+        squares.append(_squares(jnp.stack([grads[i] for i in members])))
+    each = jnp.concatenate(squares)[jnp.array(order(groups, len(grads)))]
+    limit = jnp.minimum(LARGEST_NORM * scale, LARGEST_SCALED_NORM)
+    # `isfinite` too: what compiles this may take not(a <= b) for a > b, which is false
+    # for NaN as well.
+    return ~(jnp.isfinite(each) & (each <= jnp.square(limit)))
 
 
-def _overflow(stacked, scale):
-    limit = jnp.minimum(
-        LARGEST_GRADIENT * scale, min(float(jnp.finfo(stacked.dtype).max), 3e38)
-    )
-    # NaN compares false with everything.
-    usable = jnp.abs(stacked) <= limit.astype(stacked.dtype)
-    return jnp.logical_not(jnp.all(usable, axis=tuple(range(1, stacked.ndim))))
+def _squares(stacked):
+    stacked = stacked.astype(jnp.promote_types(stacked.dtype, jnp.float32))
+    sums = jnp.sum(jnp.square(stacked), axis=tuple(range(1, stacked.ndim)))
+    return sums.astype(jnp.float32)
 
 
-def commit(prepare, update, record, variables, compilable):
+def reduce_gradients(grads):
+    # Those of a sharded batch are global arrays: XLA has summed them.
+    return grads
+
+
+def commit(grads, scale, update, record, variables, compilable, optimizer):
     """Keep what `update(grads)` assigns only if no flag is set; `record(flags)`."""
-    flags, grads = prepare()
+    flags = _flags(grads, scale)
     finite = jnp.logical_not(jnp.any(flags))
     saved = [v.value for v in variables]
     update(grads)
@@ -98,6 +105,22 @@ def _choose(skipped, old, new):
     return new if new is old else jnp.where(skipped, old, new)
 
 
+def is_chief(model):
+    return jax.process_index() == 0
+
+
+def gradients(function, variables, tensors):
+    """Return the gradients of `function(tensors)` by the variables and the tensors."""
+
+    def value(values, tensors):
+        mapping = list(zip(variables, values, strict=True))
+        with keras.StatelessScope(state_mapping=mapping, collect_losses=True):
+            return function(tensors)
+
+    values = [v.value for v in variables]
+    return jax.grad(value, argnums=(0, 1))(values, list(tensors))
+
+
 def _devices():
     return [d for d in jax.local_devices() if d.platform != "cpu"]
 
@@ -123,3 +146,7 @@ def accelerator():
         return "tpu", None
     versions = [getattr(d, "compute_capability", "0.0") for d in devices]
     return "gpu", min(tuple(int(n) for n in v.split(".")[:2]) for v in versions)
+
+
+def xla():
+    return True, "works; JAX compiles with nothing else"

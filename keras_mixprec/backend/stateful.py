@@ -10,8 +10,8 @@ def wrap_train_step(transaction, read, restore_if):
 
     Args:
         transaction: `keras_mixprec.transaction.Transaction`.
-        read: Callable `list of variables -> list of tensors`, copies that a later
-            assignment leaves alone.
+        read: Callable `list of variables -> copies` that a later assignment leaves
+            alone.
         restore_if: Callable `(skipped, variables, saved)`, assigns the saved values
             back where `skipped` is true.
     """
@@ -22,11 +22,11 @@ def wrap_train_step(transaction, read, restore_if):
             return transaction.train_step(data)
         variables = transaction.state()
         saved = read(variables)
-        before = {id(o): _count(o, read) for o in optimizers}
+        before = {id(o): _count(o) for o in optimizers}
         with transaction.requires_scaled_loss():
             logs = transaction.train_step(data)
         changed = [
-            ops.not_equal(_count(o, read), before[id(o)]) for o in optimizers if o.built
+            ops.not_equal(_count(o), before[id(o)]) for o in optimizers if o.built
         ]
         if not changed:
             return logs
@@ -36,6 +36,7 @@ def wrap_train_step(transaction, read, restore_if):
     return step
 
 
-def _count(optimizer, read):
-    # An optimizer that nobody has used yet has skipped nothing.
-    return read([optimizer.overflow_counter])[0] if optimizer.built else 0
+def _count(optimizer):
+    # A sum, because a later assignment would show in the variable's own tensor. An
+    # optimizer that nobody has used yet has skipped nothing.
+    return ops.add(optimizer.overflow_counter, 0) if optimizer.built else 0

@@ -1,4 +1,4 @@
-"""TensorFlow: `select` under XLA, `cond` outside it, one decision over replicas."""
+"""TensorFlow: `select` under XLA on a GPU, else `cond`."""
 
 import contextlib
 import functools
@@ -6,10 +6,10 @@ import threading
 
 import tensorflow as tf
 
-from keras_mixprec.backend import LARGEST_GRADIENT
 from keras_mixprec.backend import stateful
-from keras_mixprec.backend.shapes import group_by_shape
-from keras_mixprec.backend.shapes import order
+from keras_mixprec.backend import tensorflow_replicas
+from keras_mixprec.backend.tensorflow_overflow import flags
+from keras_mixprec.backend.tensorflow_overflow import flags_by_shape
 
 _trace = threading.local()
 
@@ -23,6 +23,10 @@ def _compiled(jit_compile):
         yield
     finally:
         _trace.xla = before
+
+
+def _xla():
+    return getattr(_trace, "xla", False)
 
 
 def unscale(grads, scale):
@@ -39,107 +43,91 @@ def _unscale_one(grad, scale):
     return tf.cast(grad, dtype) / tf.cast(scale, dtype)
 
 
-def overflow_flags(grads, scale):
-    values = [g.values if isinstance(g, tf.IndexedSlices) else g for g in grads]
-    if getattr(_trace, "xla", False):
-        return _flags_by_shape(values, scale)
-    flags = [False if v is None else _overflow(v[None], scale)[0] for v in values]
-    return tf.stack(flags)
+def reduce_gradients(grads):
+    return tensorflow_replicas.reduce_gradients(grads)
 
 
-def _flags_by_shape(values, scale):
-    # One reduction per shape instead of one per gradient: on a GPU, launching two
-    # hundred kernels costs more than reading what they read. XLA fuses the stack
-    # into the reduction; outside XLA it would be a copy.
-    groups, flags = group_by_shape(values), [tf.zeros((1,), tf.bool)]
-    for members in groups:
-        flags.append(_overflow(tf.stack([values[i] for i in members]), scale))
-    return tf.gather(tf.concat(flags, 0), order(groups, len(values)))
-
-
-def _overflow(stacked, scale):
-    limit = tf.minimum(LARGEST_GRADIENT * scale, min(float(stacked.dtype.max), 3e38))
-    # NaN compares false with everything.
-    usable = tf.abs(stacked) <= tf.cast(limit, stacked.dtype)
-    return tf.logical_not(tf.reduce_all(usable, axis=tuple(range(1, stacked.ndim))))
-
-
-def commit(prepare, update, record, variables, compilable):
-    """Call `update(grads)` if no flag is set on any replica, then `record(flags)`."""
-    strategy = tf.distribute.get_strategy()
-    context = tf.distribute.get_replica_context()
-    if context is None:
+def commit(grads, scale, update, record, variables, compilable, optimizer):
+    """Call `update(grads)` if no gradient overflowed, then `record(flags)`."""
+    if tf.distribute.get_replica_context() is None:
         raise ValueError(
             "`apply()` must be called in a replica context. Received: a call in "
             "cross-replica context. Call it inside `strategy.run(...)`."
         )
-    if strategy.num_replicas_in_sync > 1:
-        _commit_on_replicas(context, prepare, update, record)
-    elif getattr(_trace, "xla", False):
-        _commit_by_select(prepare, update, record, variables)
-    elif compilable and not tf.executing_eagerly() and _on_one_gpu(variables):
-        _commit_compiled(prepare, update, record, variables)
+    step = grads, scale, update, record
+    if tensorflow_replicas.branches_across():
+        _commit_on_replicas(*step, variables, optimizer)
+    elif any(v.dtype == "float16" for v in variables):
+        _commit_by_select(*step, variables)
+    elif _on_gpu(variables):
+        _commit_on_gpu(*step, variables, compilable)
     else:
-        _commit_by_cond(prepare, update, record, variables)
+        _commit_by_cond(*step)
 
 
-def _commit_on_replicas(context, prepare, update, record):
-    flags, grads = prepare()
-    counts = context.all_reduce(tf.distribute.ReduceOp.SUM, tf.cast(flags, tf.int32))
-    if tf.__internal__.distribute.strategy_supports_no_merge_call():
-        tf.cond(tf.reduce_any(counts > 0), tf.no_op, lambda: _run(update, grads))
-        record(counts > 0)
-        return
-
-    def commit_on_all(strategy, counts, grads):
-        # In the cross-replica context: a branch that calls `merge_call`, as every
-        # optimizer's update does, may not be taken inside a replica.
-        total = strategy.experimental_local_results(counts)[0]
-        each = strategy.extended.call_for_each_replica
-        run = functools.partial(_run, each, update, args=(grads,))
-        tf.cond(tf.reduce_any(total > 0), tf.no_op, run)
-        record(total > 0)
-
-    context.merge_call(commit_on_all, args=(counts, grads))
-
-
-def _commit_by_select(prepare, update, record, variables):
-    # Under XLA a select fuses into each variable's own update; a branch does not.
-    flags, grads = prepare()
-    skipped = tf.reduce_any(flags)
-    saved = read(variables)
-    update(grads)
-    for v in variables:
-        if v.dtype == "float16":
-            # Weights that are float16 themselves can overflow in the update.
-            finite = tf.reduce_all(tf.math.is_finite(v.value))
-            skipped = tf.logical_or(skipped, tf.logical_not(finite))
-    restore_by_select(skipped, variables, saved)
-    record(flags)
-
-
-def _commit_compiled(prepare, update, record, variables):
-    # Op by op, a GPU spends the update waiting for launches.
-    @tf.function(jit_compile=True, autograph=False)
+def _commit_on_gpu(grads, scale, update, record, variables, compilable):
     def whole():
         with _compiled(True):
-            _commit_by_select(prepare, update, record, variables)
+            _commit_by_select(grads, scale, update, record, variables)
 
-    whole()
+    if _xla():
+        whole()
+    elif compilable and not tf.executing_eagerly():
+        # Op by op, a GPU spends the update waiting for launches.
+        tf.function(whole, jit_compile=True, autograph=False)()
+    else:
+        _commit_by_cond(grads, scale, update, record)
 
 
-def _on_one_gpu(variables):
+def _on_gpu(variables):
     devices = {v.value.device for v in variables}
     return len(devices) == 1 and "GPU" in devices.pop()
 
 
-def _commit_by_cond(prepare, update, record, variables):
+def _commit_by_select(grads, scale, update, record, variables):
+    # On a GPU XLA fuses a select into each variable's own update; a branch it does
+    # not. On a CPU it copies for the one and runs the other in place.
+    fuses = _xla() and _on_gpu(variables)
+    overflows = flags_by_shape(grads, scale) if fuses else flags(grads, scale, _xla())
+    saved = read(variables)
+    update(grads)
+    skipped = tf.reduce_any(overflows)
     if any(v.dtype == "float16" for v in variables):
-        _commit_by_select(prepare, update, record, variables)
+        skipped = tf.logical_or(skipped, _overflowed(variables))
+    restore_by_select(skipped, variables, saved)
+    record(overflows)
+
+
+def _overflowed(variables):
+    # Weights that are float16 themselves can overflow in the update.
+    half = [v.value.read_value() for v in variables if v.dtype == "float16"]
+    finite = [tf.reduce_all(tf.math.is_finite(v)) for v in half]
+    return tf.logical_not(tf.reduce_all(finite))
+
+
+def _commit_by_cond(grads, scale, update, record):
+    overflows = flags(grads, scale, _xla())
+    tf.cond(tf.reduce_any(overflows), tf.no_op, lambda: _run(update, grads))
+    record(overflows)
+
+
+def _commit_on_replicas(grads, scale, update, record, variables, optimizer):
+    if tf.__internal__.distribute.strategy_supports_no_merge_call():
+        # All GPUs, and XLA compiles what each of them runs.
+        with tensorflow_replicas.on_reduced_gradients(optimizer):
+            _commit_by_select(grads, scale, update, record, variables)
         return
-    flags, grads = prepare()
-    tf.cond(tf.reduce_any(flags), tf.no_op, lambda: _run(update, grads))
-    record(flags)
+    overflows = flags(grads, scale, _xla())
+    guarded = functools.partial(_update_if_finite, update, variables)
+    tensorflow_replicas.commit(overflows, grads, guarded, record, optimizer)
+
+
+def _update_if_finite(update, variables, grads):
+    half = any(v.dtype == "float16" for v in variables)
+    saved = read(variables) if half else []
+    update(grads)
+    if half:
+        restore_by_select(_overflowed(variables), variables, saved)
 
 
 def _run(function, *args, **kwargs):
@@ -167,20 +155,50 @@ def restore_by_cond(skipped, variables, saved):
 
 def wrap_train_step(transaction):
     model = transaction.model
+    _require_no_xla_over_replicas(model)
 
     def restore_if(skipped, variables, saved):
         replicas = model.distribute_strategy.num_replicas_in_sync
-        select = getattr(_trace, "xla", False) or replicas > 1
+        select = _xla() or replicas > 1
         restore = restore_by_select if select else restore_by_cond
         restore(skipped, variables, saved)
 
     step = stateful.wrap_train_step(transaction, read, restore_if)
 
     def compiled_step(data):
+        _require_no_xla_over_replicas(model)
         with _compiled(model.jit_compile and not model.run_eagerly):
             return step(data)
 
     return compiled_step
+
+
+def _require_no_xla_over_replicas(model):
+    replicas = model.distribute_strategy.num_replicas_in_sync
+    if replicas > 1 and model.jit_compile and not model.run_eagerly:
+        raise ValueError(
+            "`jit_compile` must be False in `fit` on several replicas: Keras compiles "
+            "the step of all replicas as one, and XLA compiles for one device. "
+            f"Received: jit_compile=True and {replicas} replicas of "
+            f"{type(model.distribute_strategy).__name__}. Pass `jit_compile=False` to "
+            "`compile`, or compile what each replica runs in a loop of your own: "
+            "`strategy.run(tf.function(step, jit_compile=True))`."
+        )
+
+
+def is_chief(model):
+    return model.distribute_strategy.extended.should_checkpoint
+
+
+def gradients(function, variables, tensors):
+    """Return the gradients of `function(tensors)` by the variables and the tensors."""
+    values = [v.value for v in variables]
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch([*values, *tensors])
+        value = function(tensors)
+    found = tape.gradient(value, [*values, *tensors])
+    found = [g if g is None else tf.convert_to_tensor(g) for g in found]
+    return found[: len(values)], found[len(values) :]
 
 
 def _gpus():
@@ -208,3 +226,12 @@ def accelerator():
         for gpu in _gpus()
     ]
     return ("gpu", min(c or (0, 0) for c in capabilities)) if capabilities else None
+
+
+def xla():
+    try:
+        tf.function(lambda x: x + 1.0, jit_compile=True)(tf.constant(1.0))
+    # A build without XLA, or a device that it does not know: told, not raised.
+    except (tf.errors.OpError, ValueError, NotImplementedError) as error:
+        return False, f"not in this build of TensorFlow: {error}"
+    return True, "works; `fit` uses it unless compiled with jit_compile=False"

@@ -2,10 +2,12 @@
 
 import torch
 
-from keras_mixprec.backend import LARGEST_GRADIENT
+from keras_mixprec.backend import LARGEST_NORM
+from keras_mixprec.backend import LARGEST_SCALED_NORM
 from keras_mixprec.backend import stateful
 
-_INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_INTEGERS = set(_INTEGER.values())
 
 
 @torch.no_grad()
@@ -17,12 +19,12 @@ def unscale(grads, scale):
 
 
 @torch.no_grad()
-def overflow_flags(grads, scale):
+def _flags(grads, scale):
     present = [i for i, g in enumerate(grads) if g is not None]
-    # The largest magnitude of each gradient, NaN where one is; all in one call.
-    norms = torch._foreach_norm([grads[i] for i in present], float("inf"))
-    largest = torch.stack([n.float() for n in norms])
-    bad = ~(largest <= LARGEST_GRADIENT * scale)
+    norms = torch._foreach_norm([grads[i] for i in present], 2, torch.float32)
+    limit = torch.clamp(LARGEST_NORM * scale, max=LARGEST_SCALED_NORM)
+    # NaN compares false with everything.
+    bad = ~(torch.stack(norms) <= limit)
     if len(present) == len(grads):
         return bad
     flags = torch.zeros(len(grads), dtype=torch.bool, device=bad.device)
@@ -30,12 +32,17 @@ def overflow_flags(grads, scale):
     return flags
 
 
+def reduce_gradients(grads):
+    # DistributedDataParallel has averaged them in the backward pass.
+    return grads
+
+
 @torch.no_grad()
-def commit(prepare, update, record, variables, compilable):
+def commit(grads, scale, update, record, variables, compilable, optimizer):
     """Keep what `update(grads)` assigns only if no flag is set; `record(flags)`."""
-    flags, grads = prepare()
+    flags = _flags(grads, scale)
     skipped = flags.any()
-    half = [v for v in variables if v.dtype == "float16"]
+    half = [v for v in variables if v._value.dtype is torch.float16]
     if half or not _free_to_read(flags):
         saved = read(variables)
         update(grads)
@@ -55,55 +62,86 @@ def _free_to_read(tensor):
 
 @torch.no_grad()
 def read(variables):
-    values = [v.value.detach() for v in variables]
-    kinds = [_INTEGER.get(v.element_size()) for v in values]
-    copies = [None] * len(values)
-    for kind in set(kinds):
-        members = [i for i, k in enumerate(kinds) if k is kind]
-        for i, copy in zip(members, _copy(values, members, kind), strict=True):
-            copies[i] = copy
-    return copies
+    """Return copies of the bit patterns, made in one call per size of element."""
+    bits, groups = _bits(variables), {}
+    for i, value in enumerate(bits):
+        groups.setdefault(value.dtype, []).append(i)
+    return [(group, _copies([bits[i] for i in group])) for group in groups.values()]
 
 
-def _copy(values, members, kind):
-    if kind is None:
-        return [values[i].clone() for i in members]
-    # On the bit patterns, in one call.
-    return torch._foreach_add([values[i].view(kind) for i in members], 0)
+def _copies(values):
+    integer = values[0].dtype in _INTEGERS
+    return torch._foreach_add(values, 0) if integer else [v.clone() for v in values]
 
 
 @torch.no_grad()
 def restore_by_select(skipped, variables, saved):
-    """Write the saved values back where `skipped`, in three calls per dtype.
+    """Write the saved values back where `skipped`, in three calls per size.
 
     new += (old - new) * skipped, on the bit patterns as integers: exact for every
     bit, NaN and the sign of zero included, and without asking what `skipped` is.
     """
-    groups = {}
-    for v, old in zip(variables, saved, strict=True):
-        new = v.value.detach()
-        kind = _INTEGER.get(new.element_size())
-        if kind is None:
-            new.copy_(torch.where(skipped, old, new))
+    bits = _bits(variables)
+    for members, old in saved:
+        new = [bits[i] for i in members]
+        if new[0].dtype in _INTEGERS:
+            torch._foreach_sub_(old, new)
+            torch._foreach_mul_(old, skipped.to(new[0].dtype))
+            torch._foreach_add_(new, old)
         else:
-            groups.setdefault(kind, []).append((new.view(kind), old))
-    for kind, pairs in groups.items():
-        new, old = zip(*pairs, strict=True)
-        torch._foreach_sub_(old, new)
-        torch._foreach_mul_(old, skipped.to(kind))
-        torch._foreach_add_(new, old)
+            for n, o in zip(new, old, strict=True):
+                n.copy_(torch.where(skipped, o, n))
+
+
+def _bits(variables):
+    """Return each variable's memory as integers, where a type of that size exists."""
+    # A scope may hold other values in the variables' place; then it does for all.
+    if variables and variables[0].value is not variables[0]._value:
+        return [_view(v.value) for v in variables]
+    return [_kept_view(v) for v in variables]
+
+
+def _kept_view(variable):
+    # A view takes the host longer to make than a kernel to launch.
+    value = variable._value
+    kept = getattr(variable, "_mixprec_view", None)
+    if kept is None or kept[0] is not value:
+        kept = variable._mixprec_view = value, _view(value)
+    return kept[1]
+
+
+def _view(value):
+    value = value.detach()
+    kind = _INTEGER.get(value.element_size())
+    return value if kind is None else value.view(kind)
 
 
 def _restore_if(skipped, variables, saved):
-    if not _free_to_read(skipped):
+    if not _free_to_read(skipped) or skipped:
         restore_by_select(skipped, variables, saved)
-    elif skipped:
-        for v, old in zip(variables, saved, strict=True):
-            v.assign(old.view(v.value.dtype))
 
 
 def wrap_train_step(transaction):
     return stateful.wrap_train_step(transaction, read, _restore_if)
+
+
+def is_chief(model):
+    distributed = torch.distributed
+    joined = distributed.is_available() and distributed.is_initialized()
+    return not joined or distributed.get_rank() == 0
+
+
+@torch.enable_grad()
+def gradients(function, variables, tensors):
+    """Return the gradients of `function(tensors)` by the variables and the tensors."""
+    tensors = [t.detach().requires_grad_() for t in tensors]
+    values = [v.value for v in variables]
+    value = function(tensors)
+    wanted = [*values, *tensors]
+    if not value.requires_grad:
+        return [None] * len(values), [None] * len(tensors)
+    found = list(torch.autograd.grad(value, wanted, allow_unused=True))
+    return found[: len(values)], found[len(values) :]
 
 
 def _devices():
@@ -130,3 +168,7 @@ def accelerator():
     if not _devices():
         return None
     return "gpu", min(torch.cuda.get_device_capability(i) for i in _devices())
+
+
+def xla():
+    return False, "torch has none; jit_compile=True takes torch.compile instead"

@@ -77,7 +77,7 @@ class OverflowInspector(keras.callbacks.Callback):
         self._frames = _positive("frames", frames)
         self._calls = _positive("calls", calls)
         self._layers = _patterns(layers)
-        self._watched = self._instrument = self._plain = None
+        self._watched = self._instrument = self._plain = self._made_for = None
         self._waiting = self._possible = self._owes = False
         self._pending: collections.deque = collections.deque()
         self._epoch = self._batch = 0
@@ -144,14 +144,17 @@ class OverflowInspector(keras.callbacks.Callback):
 
     def _arm(self):
         model = self._watched
-        if self._instrument is None:
+        if self._plain is not None:
+            return
+        # A new train function computes in other precisions: its twin must too.
+        if self._instrument is None or model.train_function is not self._made_for:
+            self._made_for = model.train_function
             if not model.optimizer.built:
                 # Inside the first step its loss scale would be a constant.
                 model.optimizer.build(model.trainable_variables)
             self._instrument = Instrument(model, self._is_chosen, self._calls)
-        if self._plain is None:
-            self._plain = model.train_function
-            model.train_function = self._measure
+        self._plain = model.train_function
+        model.train_function = self._measure
 
     def _disarm(self):
         if self._plain is not None:

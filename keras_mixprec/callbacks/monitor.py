@@ -1,13 +1,16 @@
 """`MixedPrecisionMonitor`: loss scale, overflows and memory in every epoch's logs."""
 
 import logging
-import sys
 from typing import Any
 
 import keras
 
 from keras_mixprec import compile_hook
 from keras_mixprec import hardware
+from keras_mixprec.backend import engine
+from keras_mixprec.callbacks.order import stand_first
+from keras_mixprec.diagnosis import describe_layers
+from keras_mixprec.diagnosis import overflowing_layers
 from keras_mixprec.optimizer import LossScaleOptimizer
 from keras_mixprec.tensor_cores import tensor_core_advice
 
@@ -35,6 +38,10 @@ summed over devices; per device too (`gpu_memory_mb_0`, ...) where there are sev
     several loss-scaling optimizers gets the first three keys once for each, led by
     the attribute's name (`d_optimizer_loss_scale`).
 
+    Of several processes that train together each has the keys in its logs, so that
+    callbacks decide alike: the first three are equal everywhere, memory is that of
+    the process's own devices. Only the chief (rank 0) says anything.
+
     Example:
 
     ```python
@@ -42,27 +49,28 @@ summed over devices; per device too (`gpu_memory_mb_0`, ...) where there are sev
     # loss: 0.31 - loss_scale: 32768 - overflow_count: 1 - gpu_memory_peak_mb: 5481
     ```
 
+    Args:
+        verbose: Int. 1 logs after each epoch with overflows which layers they began
+            in, nearest the loss first; read from the optimizer only then. Defaults
+            to 0.
+
     Raises:
         ValueError: At the start of training, if the model is not compiled.
     """
 
-    def __init__(self):
+    def __init__(self, verbose: int = 0):
         super().__init__()
+        self.verbose = verbose
         self._said = set()
         self._total_before = {}
+        self._counts_before = {}
         self._activity = None
         self._advised = False
 
     def set_model(self, model: keras.Model) -> None:
         """Take the model, and the first place in the list of callbacks."""
         super().set_model(model)
-        callbacks = _calling_list(self)
-        if callbacks is not None:
-            # The logs of an epoch pass through the callbacks in turn; only what the
-            # first adds is seen by all. Keras iterates over the list while it calls
-            # this method, so it gets a new one instead of a changed one.
-            rest = [c for c in callbacks.callbacks if c is not self]
-            callbacks.callbacks = [self, *rest]
+        stand_first(self)
 
     def on_train_begin(self, logs: dict | None = None) -> None:
         """Check that the loss is scaled; say once what cannot be logged."""
@@ -74,6 +82,7 @@ summed over devices; per device too (`gpu_memory_mb_0`, ...) where there are sev
             )
         self._check_scaling()
         self._total_before = self._totals()
+        self._counts_before = self._counts() if self.verbose else {}
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         """Start the epoch's memory peak and its counters anew."""
@@ -86,12 +95,29 @@ summed over devices; per device too (`gpu_memory_mb_0`, ...) where there are sev
             logs |= self._read_scales() | self._read_memory()
             logs |= hardware.read_activity(self._activity)
             self._advise(logs)
+            self._name_layers(epoch, logs)
+
+    def _name_layers(self, epoch, logs):
+        skipped = [n for key, n in logs.items() if key.endswith("overflow_count")]
+        if not (self.verbose and any(skipped) and engine.is_chief(self.model)):
+            return
+        before, self._counts_before = self._counts_before, self._counts()
+        counts = {p: n - before.get(p, 0) for p, n in self._counts_before.items()}
+        layers = overflowing_layers(self.model, counts)
+        _logger.info("Epoch %d: %s", epoch + 1, describe_layers(layers, "this epoch"))
+
+    def _counts(self):
+        counts = {}
+        for optimizer in self._optimizers().values():
+            if isinstance(optimizer, LossScaleOptimizer):
+                counts |= optimizer.overflow_counts
+        return counts
 
     def _advise(self, logs):
         advice = tensor_core_advice(self.model, logs)
         if advice and not self._advised:
             self._advised = True
-            _logger.warning(advice)
+            self._say_once(advice)
 
     def _optimizers(self):
         optimizers = {name: o for name, o in self._wrappers().items() if o.built}
@@ -156,17 +182,6 @@ summed over devices; per device too (`gpu_memory_mb_0`, ...) where there are sev
         return dict(found.values())
 
     def _say_once(self, message):
-        if message not in self._said:
+        if message not in self._said and engine.is_chief(self.model):
             self._said.add(message)
             _logger.warning(message)
-
-
-def _calling_list(callback):
-    """Return the `CallbackList` that is handing out the model, if one is.
-
-    Keras does not tell a callback which list it stands in.
-    """
-    frame = sys._getframe(2)
-    owner = frame.f_locals.get("self")
-    known = isinstance(owner, keras.callbacks.CallbackList)
-    return owner if known and callback in owner.callbacks else None

@@ -10,12 +10,12 @@ from typing import Any
 
 import keras
 
-from keras_mixprec.report import charts
-from keras_mixprec.report.runs import Run
-from keras_mixprec.report.runs import read_runs
-from keras_mixprec.report.theme import DARK
-from keras_mixprec.report.theme import LIGHT
-from keras_mixprec.report.verdict import judge
+from keras_mixprec.reporting import charts
+from keras_mixprec.reporting.runs import Run
+from keras_mixprec.reporting.runs import read_runs
+from keras_mixprec.reporting.theme import DARK
+from keras_mixprec.reporting.theme import LIGHT
+from keras_mixprec.reporting.verdict import judge
 
 
 def report(
@@ -90,7 +90,7 @@ def _write_pictures(folder, drawn):
 def _render(title, runs, drawn):
     import jinja2
 
-    source = importlib.resources.files("keras_mixprec.report").joinpath("page.html")
+    source = importlib.resources.files("keras_mixprec.reporting").joinpath("page.html")
     page = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True
     ).from_string(source.read_text(encoding="utf-8"))

@@ -45,7 +45,7 @@ def read_runs(run: Any) -> list[Run]:
     """Return what `run` holds, in its order.
 
     Args:
-        run: As for `keras_mixprec.report.report`.
+        run: As for `keras_mixprec.reporting.report`.
 
     Raises:
         TypeError: If `run` is none of these.

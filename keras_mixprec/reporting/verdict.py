@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from keras_mixprec.report.runs import Run
+from keras_mixprec.reporting.runs import Run
 
 # Trainings that differ in nothing but the seed end about as far apart.
 _AGREEMENT_POINTS = 1.0

@@ -6,13 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from keras_mixprec.report.runs import Run
-from keras_mixprec.report.runs import finite
-from keras_mixprec.report.theme import LIGHT
-from keras_mixprec.report.theme import Theme
-from keras_mixprec.report.theme import finish
-from keras_mixprec.report.theme import legend
-from keras_mixprec.report.theme import style
+from keras_mixprec.reporting.runs import Run
+from keras_mixprec.reporting.runs import finite
+from keras_mixprec.reporting.theme import LIGHT
+from keras_mixprec.reporting.theme import Theme
+from keras_mixprec.reporting.theme import finish
+from keras_mixprec.reporting.theme import legend
+from keras_mixprec.reporting.theme import style
 
 # Points alone tell which epochs were logged, as long as they do not form a line.
 _MOST_MARKERS = 40
