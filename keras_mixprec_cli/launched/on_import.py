@@ -1,0 +1,80 @@
+"""When the script imports Keras: set the policy, and add the monitor to `fit`.
+
+One finder at the head of `sys.meta_path`, for the name `keras` alone. It removes itself
+when Keras is imported, so that a script that never does is not touched at all.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import importlib.util
+import json
+import os
+import sys
+
+from keras_mixprec_cli.launched import VARIABLE
+
+
+def install() -> None:
+    """Wait for the import of Keras, if this is a launched process."""
+    if VARIABLE in os.environ:
+        sys.meta_path.insert(0, _Finder(json.loads(os.environ[VARIABLE])))
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    def __init__(self, what):
+        self._what = what
+
+    def find_spec(self, name, path=None, target=None):
+        if name != "keras":
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader, self._what)
+        return spec
+
+
+class _Loader(importlib.abc.Loader):
+    def __init__(self, loader, what):
+        self._loader = loader
+        self._what = what
+
+    def create_module(self, spec):
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module):
+        # The module must not remember us: pickles and reloads look at its loader.
+        module.__spec__.loader = module.__loader__ = self._loader
+        self._loader.exec_module(module)
+        begin(self._what)
+
+
+def begin(what: dict) -> None:
+    """Set the policy and put the hook.
+
+    Args:
+        what: `policy`, `monitor`, `json` and `process`, from the command's options.
+    """
+    import keras_mixprec as mp
+    from keras_mixprec import fit_hook
+
+    policy = mp.set_policy(what["policy"])
+    is_whole = what["process"] in (None, os.getpid())
+    fits: list[dict] = []
+    if what["json"] and is_whole:
+        import atexit
+
+        atexit.register(_print_summary, policy, fits)
+    if what["monitor"] or what["json"]:
+        fit_hook.install(monitor=what["monitor"], on_end=fits.append)
+
+
+def _print_summary(policy, fits):
+    import keras
+
+    from keras_mixprec_cli.output import plain
+
+    summary = {"policy": policy, "backend": keras.backend.backend(), "fits": fits}
+    print(json.dumps(plain(summary), allow_nan=False), flush=True)

@@ -1,0 +1,50 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import click
+
+# As in `keras_mixprec.policy.POLICIES`, which takes Keras to read.
+POLICIES = ("mixed_float16", "mixed_bfloat16", "float32", "auto")
+
+as_json = click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help='Print JSON instead of text; errors too, as {"error": "..."}.',
+)
+
+policy = click.option(
+    "--policy",
+    type=click.Choice(POLICIES),
+    default="mixed_float16",
+    show_default=True,
+    help="Precision to compute in: float16 with loss scaling, bfloat16 without, which "
+    "has fewer digits and float32's range; weights stay float32. 'auto' chooses by the "
+    "hardware.",
+)
+
+keep = click.option(
+    "--keep",
+    multiple=True,
+    metavar="PATTERN",
+    help="Keep the layers whose path matches in float32, with all that is inside: "
+    "'encoder/*'. May be given several times. `keras-mixprec plan` shows the paths.",
+)
+
+imports = click.option(
+    "--import",
+    "imports",
+    multiple=True,
+    metavar="MODULE",
+    help="Import a Python module first, for the custom layers, losses or metrics that "
+    "it defines. Looked for in the working directory too. May be given several times.",
+)
+
+safe_mode = click.option(
+    "--safe-mode/--no-safe-mode",
+    default=True,
+    show_default=True,
+    help="Refuse to run Python code that is stored in the model file. Switch off only "
+    "for files that you trust.",
+)

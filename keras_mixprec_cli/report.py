@@ -1,0 +1,62 @@
+"""`keras-mixprec report`: a run's curves as one page and as pictures."""
+
+from __future__ import annotations
+
+import pathlib
+
+import click
+
+from keras_mixprec_cli import options
+from keras_mixprec_cli.output import console
+from keras_mixprec_cli.output import print_json
+from keras_mixprec_cli.output import table
+
+_SHOWN = ("loss", "val_loss", "loss_scale", "overflow_total", "gpu_memory_peak_mb")
+
+
+@click.command()
+@click.argument("run", metavar="RUN")
+@click.option(
+    "--output",
+    metavar="FOLDER",
+    help="Folder to write into.  [default: the run's own folder]",
+)
+@click.option(
+    "--title",
+    default="Mixed precision training",
+    show_default=True,
+    help="Heading of the page.",
+)
+@options.as_json
+def report(run, output, title, as_json) -> None:
+    """Draw loss, loss scale, overflows and memory of a run.
+
+    RUN is a folder with logs: *.csv as `keras.callbacks.CSVLogger` writes them, or
+    *.jsonl with one JSON object per epoch. Each file is a curve. Writes report.html,
+    which needs nothing but a browser, and PNG pictures.
+    """
+    if not pathlib.Path(run).is_dir():
+        raise click.ClickException(
+            f"'{run}' is no folder. Expected the folder that CSVLogger wrote into."
+        )
+    from keras_mixprec.reporting.page import report as write_report
+    from keras_mixprec.reporting.runs import read_runs
+
+    page = write_report(run, output, title)
+    runs = {r.label: {key: r.last(key) for key in r.logs} for r in read_runs(run)}
+    if as_json:
+        print_json({"page": str(page), "runs": runs})
+        return
+    keys = [key for key in _SHOWN if any(key in logs for logs in runs.values())]
+    rows = [
+        (label, *(_short(logs.get(k)) for k in keys)) for label, logs in runs.items()
+    ]
+    columns = {"run": "left"} | dict.fromkeys(keys, "right")
+    console().print(table("Last epoch", columns, rows))
+    console().print(f"Wrote {page}", markup=False)
+
+
+def _short(value):
+    if value is None:
+        return None
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
