@@ -1,0 +1,106 @@
+"""Image classification with ResNet-50 in mixed precision.
+
+    python examples/resnet.py
+    python examples/resnet.py --full --images path/to/imagenet/train
+
+The small size trains a shallow ResNet-V2 of the same blocks on the 1,797 digits that
+scikit-learn ships; the full one ResNet-50 on a folder with one subfolder per class.
+"""
+
+import argparse
+import os
+import sys
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+import keras
+from keras import layers
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+import keras_mixprec as mp  # mixed precision
+
+
+def digits():
+    """Return train and test images of 8x8 pixels in [0, 1], and their digits."""
+    images, labels = load_digits(return_X_y=True)
+    images = (images / 16).astype("float32").reshape(-1, 8, 8, 1)
+    return train_test_split(images, labels, test_size=0.3, random_state=0)
+
+
+def small_resnet(classes):
+    """Return a ResNet of three bottleneck blocks."""
+    inputs = keras.Input((8, 8, 1))
+    x = layers.Conv2D(32, 3, padding="same", use_bias=False)(inputs)
+    for filters, stride in ((16, 1), (32, 2), (64, 2)):
+        x = bottleneck(x, filters, stride)
+    x = layers.GlobalAveragePooling2D()(normalized(x))
+    return keras.Model(inputs, outputs(x, classes), name="small_resnet")
+
+
+def bottleneck(x, filters, stride):
+    """Return x plus a 1x1, 3x3, 1x1 detour, as in He et al., 2016."""
+    y = normalized(x)
+    shortcut = layers.Conv2D(4 * filters, 1, strides=stride)(y)
+    y = layers.Conv2D(filters, 1, use_bias=False)(y)
+    y = layers.Conv2D(filters, 3, strides=stride, padding="same", use_bias=False)(
+        normalized(y)
+    )
+    y = layers.Conv2D(4 * filters, 1)(normalized(y))
+    return layers.Add()([shortcut, y])
+
+
+def normalized(x):
+    """Return x through BatchNormalization and ReLU."""
+    return layers.ReLU()(layers.BatchNormalization(momentum=0.9)(x))
+
+
+def outputs(x, classes):
+    """Return probabilities, in float32: gradients of a float16 softmax overflow."""
+    return layers.Dense(classes, "softmax", dtype="float32")(x)  # mixed precision
+
+
+def resnet50(classes):
+    """Return ResNet-50 for 224 x 224 colour images."""
+    base = keras.applications.ResNet50(include_top=False, weights=None, pooling="avg")
+    inputs = keras.Input((224, 224, 3))
+    x = keras.applications.resnet.preprocess_input(inputs)
+    return keras.Model(inputs, outputs(base(x), classes), name="resnet50")
+
+
+def main(arguments=None):
+    """Train. Returns 0 if the small size gets 95% of unseen digits, 1 otherwise."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--policy", default="mixed_float16")
+    parser.add_argument("--full", action="store_true")
+    parser.add_argument("--images", help="folder for --full, a subfolder per class")
+    parser.add_argument("--epochs", type=int, default=4)
+    args = parser.parse_args(arguments)
+    keras.utils.set_random_seed(0)
+    mp.set_policy(args.policy)  # mixed precision
+    if args.full:
+        data = keras.utils.image_dataset_from_directory(
+            args.images, image_size=(224, 224), batch_size=128
+        )
+        model, fit = resnet50(len(data.class_names)), {"x": data}
+    else:
+        x, x_test, y, y_test = digits()
+        model = small_resnet(10)
+        fit = {"x": x, "y": y, "batch_size": 64, "validation_data": (x_test, y_test)}
+    rate = keras.optimizers.schedules.CosineDecay(3e-3, args.epochs * 20)
+    model.compile(
+        keras.optimizers.Adam(1e-3 if args.full else rate),
+        "sparse_categorical_crossentropy",
+        metrics=["accuracy"],
+    )
+    history = model.fit(
+        **fit,
+        epochs=args.epochs,
+        verbose=2,
+        callbacks=[mp.MixedPrecisionMonitor()],  # mixed precision
+    )
+    return 0 if args.full or history.history["val_accuracy"][-1] > 0.95 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
