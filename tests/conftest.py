@@ -1,7 +1,11 @@
 """Every test starts from the same seed and policy, and leaves no hook behind."""
 
 import os
+import pathlib
+import sys
 
+# What the processes of several devices share with the tests that start them.
+sys.path.append(str(pathlib.Path(__file__).parent / "distributed"))
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # On models this small torch's threads only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -2,11 +2,14 @@
 
 import keras
 import numpy as np
+import pytest
 from keras import ops
 
 import keras_mixprec as mp
 
 STATELESS = keras.backend.backend() != "tensorflow"
+# Marks for what JAX compiles operation by operation, for half a minute.
+SLOW_ON_JAX = [pytest.mark.slow] if keras.backend.backend() == "jax" else []
 
 
 def variables(*values):

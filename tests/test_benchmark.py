@@ -11,9 +11,9 @@ from support import snapshot
 
 from keras_mixprec import compile_hook
 from keras_mixprec import hardware
-from keras_mixprec.benchmark import benchmark
 from keras_mixprec.benchmark_result import BenchmarkResult
 from keras_mixprec.benchmark_result import BenchmarkRow
+from keras_mixprec.benchmarking import benchmark
 from keras_mixprec.convert import convert
 from keras_mixprec.optimizer import LossScaleOptimizer
 from keras_mixprec.timing import TimedFit

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from support import SLOW_ON_JAX
 from support import STATELESS
 from support import assert_finite
 from support import classifier
@@ -27,7 +28,7 @@ def on_both(reason):
     """Run a test on ours, and on Keras's own, where it must fail."""
     theirs = pytest.param(
         keras.optimizers.LossScaleOptimizer,
-        marks=pytest.mark.xfail(reason=reason, strict=True),
+        marks=[pytest.mark.xfail(reason=reason, strict=True), *SLOW_ON_JAX],
         id="keras",
     )
     return pytest.mark.parametrize(

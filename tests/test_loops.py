@@ -220,6 +220,28 @@ def test_keras_file_keeps_scale_counters_iterations_and_weights(tmp_path):
     assert again.optimizer.overflow_count == 2
 
 
+# Of the inner optimizer, whose state the wrapper has taken already.
+@pytest.mark.filterwarnings("ignore:Skipping variable loading for optimizer 'adam")
+@pytest.mark.parametrize("built", [False, True])
+def test_weights_file_keeps_scale_counters_iterations_and_weights(built, tmp_path):
+    model = half_classifier(dropout=0.0)
+    x, y = data(96, bad=range(32, 64))
+    fit = {"batch_size": 32, "shuffle": False, "verbose": 0}
+    model.fit(x, y, epochs=2, **fit)
+    model.save_weights(tmp_path / "model.weights.h5")
+    again = half_classifier(dropout=0.0)
+    if built:
+        again.optimizer.build(again.trainable_variables)
+    again.load_weights(tmp_path / "model.weights.h5")
+    for m in (model, again):
+        m.fit(x, y, **fit)
+    left = snapshot(model.weights, model.optimizer)
+    right = snapshot(again.weights, again.optimizer)
+    for a, b in zip(left.values(), right.values(), strict=True):
+        assert a.tobytes() == b.tobytes()
+    assert again.optimizer.overflow_count == 3
+
+
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow's own checkpoints")
 @pytest.mark.parametrize("theirs", [False, True])
 def test_tensorflow_checkpoint_keeps_the_state(theirs, tmp_path):

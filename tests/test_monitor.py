@@ -132,3 +132,28 @@ def test_works_in_evaluate_and_predict():
     model, (x, y) = half_classifier(), data(32)
     model.evaluate(x, y, verbose=0, callbacks=[mp.MixedPrecisionMonitor()])
     model.predict(x, verbose=0, callbacks=[mp.MixedPrecisionMonitor()])
+
+
+def test_only_the_chief_of_several_processes_says_anything(monkeypatch, caplog):
+    from keras_mixprec.backend import engine
+
+    monkeypatch.setattr(engine, "is_chief", lambda model: False)
+    model = half_classifier()
+    history = model.fit(*data(), verbose=0, callbacks=[mp.MixedPrecisionMonitor()])
+    assert not caplog.records
+    assert "loss_scale" in history.history
+
+
+def test_names_the_layers_of_an_epoch_with_overflows_only(caplog):
+    caplog.set_level("INFO", logger="keras_mixprec")
+    model = half_classifier()
+    x, y = data(96, bad=range(32, 64))
+    monitor = mp.MixedPrecisionMonitor(verbose=1)
+    fit = {"batch_size": 32, "shuffle": False, "verbose": 0, "callbacks": [monitor]}
+    model.fit(x, y, **fit)
+    model.fit(*data(96), initial_epoch=1, epochs=2, **fit)
+    named = [r.message for r in caplog.records if "gradients overflowed" in r.message]
+    assert len(named) == 1
+    last = model.layers[-1].name
+    assert named[0].startswith("Epoch 1: Layers whose gradients overflowed this epoch")
+    assert f"first: '{last}' (1), " in named[0]

@@ -132,3 +132,17 @@ def test_models_inside_are_compiled_anew_too():
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16"])
 def test_an_uncompiled_model_stays_uncompiled(policy):
     assert not convert(functional(), policy).compiled
+
+
+def test_converted_before_a_step_the_optimizers_state_is_saved(tmp_path):
+    x = np.ones((8, 8), "float32")
+    model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(8)])
+    model.compile("adam", "mse")
+    model.fit(x, x, verbose=0)
+    slots = [np.array(v) for v in model.optimizer.variables]
+    mp.convert(model).save(tmp_path / "half.keras")
+    half = keras.saving.load_model(tmp_path / "half.keras")
+    for before, after in zip(
+        slots, half.optimizer.inner_optimizer.variables, strict=True
+    ):
+        assert before.tobytes() == np.array(after).tobytes()

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 import keras_mixprec as mp
-from keras_mixprec.report import report
-from keras_mixprec.report.charts import charts
-from keras_mixprec.report.runs import Run
-from keras_mixprec.report.runs import read_runs
-from keras_mixprec.report.theme import LIGHT
-from keras_mixprec.report.verdict import format_scale
-from keras_mixprec.report.verdict import judge
+from keras_mixprec.reporting.charts import charts
+from keras_mixprec.reporting.page import report
+from keras_mixprec.reporting.runs import Run
+from keras_mixprec.reporting.runs import read_runs
+from keras_mixprec.reporting.theme import LIGHT
+from keras_mixprec.reporting.verdict import format_scale
+from keras_mixprec.reporting.verdict import judge
 
 SCALED = {
     "loss": [2.0, 1.0, 0.5, 0.25],

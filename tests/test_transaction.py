@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from keras import ops
 from support import SCALING
+from support import SLOW_ON_JAX
 from support import assert_finite
 from support import assert_same_bits
 from support import classifier
@@ -16,7 +17,7 @@ from support import snapshot
 import keras_mixprec as mp
 
 TORCH = keras.backend.backend() == "torch"
-MODES = [{}, {"run_eagerly": True}]
+MODES = [{}, pytest.param({"run_eagerly": True}, marks=SLOW_ON_JAX)]
 if not TORCH:
     MODES += [{"jit_compile": True}, {"steps_per_execution": 2}]
 

@@ -1,0 +1,155 @@
+"""Training with faults on one replica at a time, whatever the engine.
+
+Each engine's script brings a `trainer`: `run(x, y, weights, epochs, callbacks)` trains
+on batches of `BATCH` in order and returns each epoch's loss; `state()` gives the copies
+that the replicas have of each variable.
+"""
+
+import faulthandler
+import os
+import pathlib
+import sys
+
+import keras
+import numpy as np
+from support import data
+
+import keras_mixprec as mp
+
+sys.path.append(str(pathlib.Path(__file__).parents[2] / "examples"))
+from chief import ChiefBackup  # noqa: E402
+
+# Says where it hangs, and ends, even if whoever started it has died.
+faulthandler.dump_traceback_later(float(os.environ.get("DEADLINE", 600)), exit=True)
+
+BATCH = 32
+GROWTH_STEPS = 4
+# Where the net does not overflow by itself, so that every overflow is known.
+MAX_SCALE = 2.0**12
+INNER = {
+    "plain": lambda: keras.optimizers.SGD(0.5, momentum=0.5),
+    "accumulation": lambda: keras.optimizers.SGD(
+        0.5, momentum=0.5, gradient_accumulation_steps=2
+    ),
+    "averaging": lambda: keras.optimizers.SGD(
+        0.5, use_ema=True, ema_momentum=0.5, ema_overwrite_frequency=3
+    ),
+    "clipnorm": lambda: keras.optimizers.SGD(0.5, clipnorm=0.05),
+    "global_clipnorm": lambda: keras.optimizers.SGD(0.5, global_clipnorm=0.05),
+    "clipvalue": lambda: keras.optimizers.SGD(0.5, clipvalue=0.01),
+    "decay": lambda: keras.optimizers.AdamW(0.01, weight_decay=0.1),
+    # Not averaging, after which Keras cannot `fit` a second time on JAX: the weights
+    # and their averages are then one buffer, which it donates twice.
+    "most": lambda: keras.optimizers.AdamW(
+        0.01, weight_decay=0.1, global_clipnorm=0.5, gradient_accumulation_steps=2
+    ),
+    "all": lambda: keras.optimizers.AdamW(
+        0.01,
+        weight_decay=0.1,
+        global_clipnorm=0.5,
+        use_ema=True,
+        ema_momentum=0.5,
+        ema_overwrite_frequency=4,
+        gradient_accumulation_steps=2,
+    ),
+}
+
+
+def optimizer(inner):
+    """Our wrapper around a fresh `INNER[inner]`, quick to grow."""
+    return mp.LossScaleOptimizer(
+        INNER[inner](), MAX_SCALE, GROWTH_STEPS, max_scale=MAX_SCALE
+    )
+
+
+def net(dtype="mixed_float16", batch_normalization=True):
+    """A classifier; without BatchNormalization replicas do what one device does."""
+    layers = [
+        keras.Input((8,)),
+        keras.layers.Dense(16, activation="relu", dtype=dtype, name="hidden"),
+        keras.layers.Dense(16, activation="tanh", dtype=dtype, name="hidden_1"),
+        keras.layers.Dense(3, activation="softmax", dtype="float32"),
+    ]
+    if batch_normalization:
+        layers.insert(2, keras.layers.BatchNormalization(dtype=dtype))
+    return keras.Sequential(layers)
+
+
+def batches(count, bad_batches=(), bad_sample=0, kind="forward"):
+    """Inputs, labels and sample weights in which one sample of a batch overflows.
+
+    In the forward pass an input is too large for float16; in the gradient a weight
+    makes the loss large, but finite, and its gradient too large for float16.
+    """
+    x, y = data(count * BATCH)
+    weights = np.ones(len(x), "float32")
+    for batch in bad_batches:
+        sample = batch * BATCH + bad_sample
+        if kind == "forward":
+            x[sample] = 1e6
+        else:
+            weights[sample] = 1e30
+    return x, y, weights
+
+
+class Expected:
+    """The rule in plain Python: what the scale and the counter should be."""
+
+    def __init__(self):
+        self.scale, self.tracker, self.overflows = MAX_SCALE, 0, 0
+
+    def step(self, finite):
+        self.tracker = self.tracker + 1 if finite else 0
+        if not finite:
+            self.overflows += 1
+            self.scale = max(self.scale / 2, 2.0**-14)
+        elif self.tracker == GROWTH_STEPS:
+            self.scale, self.tracker = min(self.scale * 2, MAX_SCALE), 0
+
+
+def check(optimizer, expected, replicas):
+    """Compare counters, and the variables of all replicas, bit for bit."""
+    assert optimizer.overflow_count == expected.overflows, optimizer.overflow_count
+    assert float(optimizer.loss_scale) == expected.scale, optimizer.loss_scale
+    for name, copies in replicas.items():
+        assert all(np.isfinite(c).all() for c in copies), name
+        assert all(c.tobytes() == copies[0].tobytes() for c in copies), name
+
+
+def survive(trainer, optimizer, replicas):
+    """Overflow on each replica in turn, then 200 bad steps, then learn."""
+    expected = Expected()
+
+    def train(count, bad=(), sample=0, kind="forward"):
+        x, y, weights = batches(count, bad, sample, kind)
+        (loss,) = trainer.run(x, y, weights)
+        for i in range(count):
+            expected.step(i not in bad)
+        check(optimizer, expected, trainer.state())
+        return loss
+
+    for replica in range(replicas):
+        for kind in ("forward", "gradient"):
+            train(3, [1], replica * BATCH // replicas, kind)
+    train(200, range(200), BATCH - 1)
+    assert optimizer.loss_scale == 2.0**-14 and optimizer.consecutive_overflows == 200
+    losses = [train(40) for _ in range(4)]
+    assert losses[-1] < 0.8 * losses[0], losses
+    assert optimizer.loss_scale > 2.0**-14
+    print("survived", flush=True)
+
+
+def watched(trainer, folder, epochs, is_chief):
+    """Train with a bad batch in each epoch, backing up, and print each epoch's scale.
+
+    The scale halves once an epoch: that of an epoch says how many there were.
+    """
+
+    def report(epoch, logs):
+        print(f"epoch {epoch} scale {float(trainer.optimizer.loss_scale)}", flush=True)
+
+    callbacks = [
+        ChiefBackup(folder, is_chief),
+        keras.callbacks.LambdaCallback(on_epoch_end=report),
+    ]
+    trainer.run(*batches(3, [1]), epochs=epochs, callbacks=callbacks)

@@ -1,0 +1,113 @@
+"""MirroredStrategy on logical CPU devices.
+
+python mirrored.py survive REPLICAS INNER
+python mirrored.py curves REPLICAS INNER...
+python mirrored.py accumulate REPLICAS
+"""
+
+import sys
+
+import faults
+import keras
+import numpy as np
+import tensorflow as tf
+
+import keras_mixprec as mp
+
+
+def devices(replicas):
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    logical = [tf.config.LogicalDeviceConfiguration()] * replicas
+    tf.config.set_logical_device_configuration(cpu, logical)
+    return [f"CPU:{i}" for i in range(replicas)]
+
+
+class Trainer:
+    """A model in `fit` under a strategy.
+
+    Args:
+        strategy: `tf.distribute.Strategy`.
+        inner: A key of `faults.INNER`.
+        net: Keyword arguments of `faults.net`.
+    """
+
+    def __init__(self, strategy, inner, **net):
+        keras.utils.set_random_seed(0)
+        self.strategy = strategy
+        with strategy.scope():
+            self.model = faults.net(**net)
+            self.optimizer = faults.optimizer(inner)
+            self.model.compile(self.optimizer, "sparse_categorical_crossentropy")
+
+    def run(self, x, y, weights, epochs=1):
+        batches = tf.data.Dataset.from_tensor_slices((x, y, weights))
+        batches = batches.batch(faults.BATCH)
+        return self.model.fit(batches, epochs=epochs, verbose=0).history["loss"]
+
+    def state(self):
+        """Path -> the copies of a variable; BatchNormalization's are each its own."""
+        owned = [*self.model.trainable_variables, *self.optimizer.variables]
+        local = self.strategy.experimental_local_results
+        return {
+            f"{i} {v.path}": [np.asarray(c) for c in local(v.value)]
+            for i, v in enumerate(owned)
+        }
+
+
+def survive(replicas, inner):
+    trainer = Trainer(tf.distribute.MirroredStrategy(devices(replicas)), inner)
+    faults.survive(trainer, trainer.optimizer, replicas)
+    x, y, weights = faults.batches(2)
+    assert np.isfinite(trainer.model.evaluate(x, y, verbose=0))
+
+
+def curves(replicas, *inners):
+    """The loss of each epoch on one device and on all, from the same seed."""
+    names = devices(replicas)
+    for inner in inners:
+        losses = [
+            curve(tf.distribute.MirroredStrategy(names), inner),
+            curve(tf.distribute.OneDeviceStrategy(names[0]), inner),
+            curve(tf.distribute.get_strategy(), inner),
+        ]
+        np.testing.assert_allclose(losses[0], losses[2], rtol=1e-4)
+        np.testing.assert_allclose(losses[1], losses[2], rtol=1e-6)
+        assert losses[2][-1] < 0.9 * losses[2][0], losses[2]
+        print("same curve with", inner, losses[0], flush=True)
+
+
+def curve(strategy, inner):
+    trainer = Trainer(strategy, inner, dtype="float32", batch_normalization=False)
+    return trainer.run(*faults.batches(8), epochs=4)
+
+
+def accumulate(replicas):
+    """By hand: SGD at rate 1 over two steps, gradients that differ per replica."""
+    strategy = tf.distribute.MirroredStrategy(devices(replicas))
+    with strategy.scope():
+        weight = keras.Variable([0.0], name="weight")
+        inner = keras.optimizers.SGD(1.0, gradient_accumulation_steps=2)
+        optimizer = mp.LossScaleOptimizer(inner, initial_scale=1.0)
+        optimizer.build([weight])
+
+    @tf.function
+    def step(grads):
+        strategy.run(lambda g: optimizer.apply([g], [weight]), args=(grads,))
+
+    # The third overflows on the last replica only, and counts for nothing.
+    for grads in ([1, 2], [4, 1], [0, np.inf], [8, 0], [0, 16]):
+        each = [tf.constant([float(g)]) for g in grads]
+        step(
+            strategy.experimental_distribute_values_from_function(
+                lambda context, each=each: each[context.replica_id_in_sync_group]
+            )
+        )
+    copies = [np.asarray(c) for c in strategy.experimental_local_results(weight.value)]
+    # (1 + 2 + 4 + 1) / 2, then, at half the scale, 2 * (8 + 16) / 2.
+    assert [float(c[0]) for c in copies] == [-4.0 - 24.0] * replicas, copies
+    assert optimizer.overflow_count == 1 and optimizer.loss_scale == 0.5
+    print("exact", flush=True)
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](int(sys.argv[2]), *sys.argv[3:])

@@ -1,0 +1,118 @@
+"""DistributedDataParallel over gloo: several processes on loopback.
+
+    RANK=.. WORLD_SIZE=.. MASTER_ADDR=.. MASTER_PORT=.. python torch_processes.py \\
+        survive INNER MICRO_BATCHES
+    ... python torch_processes.py curves INNER...
+    ... python torch_processes.py watched FOLDER EPOCHS
+"""
+
+import hashlib
+import pathlib
+import sys
+
+sys.path.append(str(pathlib.Path(__file__).parents[2] / "examples"))
+
+import torch
+import torch.distributed as dist
+from torch_ddp import Replicated
+from torch_ddp import start
+
+import faults  # isort: skip
+import keras  # isort: skip
+import numpy as np  # isort: skip
+
+
+class Trainer:
+    """A model in `fit`, its training passes in DistributedDataParallel.
+
+    Args:
+        inner: A key of `faults.INNER`.
+        micro_batches: Int, parts of a batch. Defaults to `1`.
+        wrap: Whether to use DistributedDataParallel. Defaults to `True`.
+        net: Keyword arguments of `faults.net`.
+    """
+
+    def __init__(self, inner, micro_batches=1, wrap=True, **net):
+        keras.utils.set_random_seed(0)
+        model = faults.net(**net)
+        self.processes = dist.get_world_size() if wrap else 1
+        self.model = Replicated(model, micro_batches) if wrap else model
+        self.optimizer = faults.optimizer(inner)
+        self.model.compile(self.optimizer, "sparse_categorical_crossentropy")
+
+    def run(self, x, y, weights, epochs=1, callbacks=()):
+        local = faults.BATCH // self.processes
+        first = dist.get_rank() if self.processes > 1 else 0
+        parts = [
+            np.concatenate(np.split(a, len(a) // local)[first :: self.processes])
+            for a in (x, y, weights)
+        ]
+        history = self.model.fit(
+            *parts[:2],
+            sample_weight=parts[2],
+            batch_size=local,
+            epochs=epochs,
+            callbacks=list(callbacks),
+            shuffle=False,
+            verbose=0,
+        )
+        return self.mean(history.history["loss"])
+
+    def mean(self, losses):
+        """The mean over the processes, each of which knows its own loss only."""
+        losses = torch.tensor(losses, dtype=torch.float64)
+        if self.processes > 1:
+            dist.all_reduce(losses)
+        return (losses / self.processes).tolist()
+
+    def state(self):
+        """Path -> the copies of a variable; BatchNormalization's are each its own."""
+        owned = [*self.model.trainable_variables, *self.optimizer.variables]
+        return {f"{i} {v.path}": self.gather(v) for i, v in enumerate(owned)}
+
+    def gather(self, variable):
+        value = variable.value.detach().contiguous()
+        copies = [torch.empty_like(value) for _ in range(self.processes)]
+        dist.all_gather(copies, value)
+        return [c.numpy() for c in copies]
+
+    def digest(self):
+        """A hash of all that should be equal in every process."""
+        data = b"".join(c[0].tobytes() for c in self.state().values())
+        return hashlib.sha256(data).hexdigest()
+
+
+def survive(inner, micro_batches):
+    trainer = Trainer(inner, int(micro_batches))
+    faults.survive(trainer, trainer.optimizer, dist.get_world_size())
+    statistics = [v.numpy() for v in trainer.model.non_trainable_variables]
+    assert all(np.isfinite(s).all() for s in statistics)
+    print("digest", trainer.digest(), flush=True)
+
+
+def watched(folder, epochs):
+    faults.watched(Trainer("most"), folder, int(epochs), dist.get_rank() == 0)
+
+
+def curves(*inners):
+    """The loss of each epoch in one process and in all, from the same seed."""
+    for inner in inners:
+        alone, together, in_parts = (
+            curve(inner, wrap=wrap, micro_batches=parts)
+            for wrap, parts in ((False, 1), (True, 1), (True, 2))
+        )
+        np.testing.assert_allclose(together, alone, rtol=1e-4)
+        np.testing.assert_allclose(in_parts, alone, rtol=1e-4)
+        assert alone[-1] < 0.9 * alone[0], alone
+        print("same curve with", inner, together, flush=True)
+
+
+def curve(inner, **options):
+    trainer = Trainer(inner, dtype="float32", batch_normalization=False, **options)
+    return trainer.run(*faults.batches(8), epochs=4)
+
+
+if __name__ == "__main__":
+    start()
+    globals()[sys.argv[1]](*sys.argv[2:])
+    dist.destroy_process_group()

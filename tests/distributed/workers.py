@@ -1,0 +1,104 @@
+"""MultiWorkerMirroredStrategy: several processes on loopback, each one replica.
+
+TF_CONFIG=.. python workers.py survive INNER
+TF_CONFIG=.. python workers.py curves INNER...
+TF_CONFIG=.. python workers.py watched FOLDER EPOCHS
+"""
+
+import hashlib
+import json
+import os
+import sys
+
+import faults
+import keras
+import numpy as np
+import tensorflow as tf
+from tensorflow_workers import make_step
+from tensorflow_workers import train
+
+
+class Trainer:
+    """A model in the loop of `examples/tensorflow_workers.py`.
+
+    Args:
+        strategy: `tf.distribute.Strategy`.
+        inner: A key of `faults.INNER`.
+        net: Keyword arguments of `faults.net`.
+    """
+
+    def __init__(self, strategy, inner, **net):
+        keras.utils.set_random_seed(0)
+        self.strategy = strategy
+        with strategy.scope():
+            self.model = faults.net(**net)
+            self.optimizer = faults.optimizer(inner)
+            self.model.compile(self.optimizer, "sparse_categorical_crossentropy")
+            self.optimizer.build(self.model.trainable_variables)
+        self.step = make_step(self.model)
+
+    def run(self, x, y, weights, epochs=1, callbacks=()):
+        batches = tf.data.Dataset.from_tensor_slices((x, y, weights))
+        batches = self.strategy.experimental_distribute_dataset(_by_data(batches))
+        logs = train(self.model, self.step, batches, epochs, callbacks, verbose=False)
+        return logs["loss"]
+
+    def state(self):
+        """Path -> the copies of a variable; BatchNormalization's are each its own."""
+        owned = [*self.model.trainable_variables, *self.optimizer.variables]
+        local = self.strategy.experimental_local_results
+        return {
+            f"{i} {v.path}": [np.asarray(c) for c in local(v.value)]
+            for i, v in enumerate(owned)
+        }
+
+    def digest(self):
+        """A hash of all that should be equal on every worker."""
+        data = b"".join(c[0].tobytes() for c in self.state().values())
+        return hashlib.sha256(data).hexdigest()
+
+
+def _by_data(batches):
+    # Every worker reads the same arrays and takes its part of each batch.
+    options = tf.data.Options()
+    policy = tf.data.experimental.AutoShardPolicy.DATA
+    options.experimental_distribute.auto_shard_policy = policy
+    return batches.batch(faults.BATCH).with_options(options)
+
+
+def workers():
+    return len(json.loads(os.environ["TF_CONFIG"])["cluster"]["worker"])
+
+
+def survive(inner):
+    trainer = Trainer(tf.distribute.MultiWorkerMirroredStrategy(), inner)
+    faults.survive(trainer, trainer.optimizer, workers())
+    statistics = [np.asarray(v) for v in trainer.model.non_trainable_variables]
+    assert all(np.isfinite(s).all() for s in statistics)
+    print("digest", trainer.digest(), flush=True)
+
+
+def watched(folder, epochs):
+    strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    trainer = Trainer(strategy, "most")
+    is_chief = strategy.extended.should_checkpoint
+    faults.watched(trainer, folder, int(epochs), is_chief)
+
+
+def curves(*inners):
+    """The loss of each epoch on one device and on all workers, from the same seed."""
+    strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    for inner in inners:
+        alone = curve(tf.distribute.get_strategy(), inner)
+        together = curve(strategy, inner)
+        np.testing.assert_allclose(together, alone, rtol=1e-4)
+        print("same curve with", inner, together, flush=True)
+
+
+def curve(strategy, inner):
+    trainer = Trainer(strategy, inner, dtype="float32", batch_normalization=False)
+    return trainer.run(*faults.batches(8), epochs=4)
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](*sys.argv[2:])

@@ -1,0 +1,120 @@
+"""`convert(..., activations="float32")`: only the function sees float32."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+from keras import ops
+
+import keras_mixprec as mp
+from keras_mixprec.present import present_plan
+
+
+def steep(x):
+    """exp(x) - exp(x - 1/8): in float16 the two round apart; it notes what it got."""
+    steep.seen = keras.backend.standardize_dtype(x.dtype)
+    return (ops.exp(x) - ops.exp(x - 0.125)) / 10
+
+
+def make(activation=steep):
+    return keras.Sequential(
+        [
+            keras.Input((8,)),
+            layers.Dense(16, activation=activation, name="first"),
+            layers.Activation(activation, name="second"),
+            layers.Dense(2),
+        ]
+    )
+
+
+def data():
+    return np.random.default_rng(0).normal(size=(32, 8)).astype("float32")
+
+
+def half_output(model):
+    hidden = keras.Model(model.inputs, model.get_layer("first").output)
+    return hidden([data()])
+
+
+def test_the_function_computes_in_float32_between_half_and_half():
+    model, x = make(), data()
+    mp.convert(model)
+    assert steep.seen == "float16"
+    without = mp.compare_precision(model, x)
+    mp.convert(model, activations="float32")
+    assert keras.backend.standardize_dtype(half_output(model).dtype) == "float16"
+    assert steep.seen == "float32"
+    # By hand: product and bias in half, function in float32, result in half.
+    kernel, bias = model.get_layer("first").get_weights()
+    z = ops.matmul(ops.cast(x, "float16"), ops.cast(kernel, "float16"))
+    z = ops.cast(z + ops.cast(bias, "float16"), "float32")
+    expected = ops.cast(steep(z), "float16")
+    found = ops.convert_to_numpy(half_output(model))
+    np.testing.assert_allclose(found, ops.convert_to_numpy(expected), rtol=2e-3)
+    within = mp.compare_precision(model, x)
+    assert within["first"].own_error < without["first"].own_error
+    assert within["second"].own_error < without["second"].own_error
+
+
+def test_kept_by_converting_again_undone_on_request():
+    model = make("gelu")
+    first = model.get_layer("first")
+    mp.convert(model, activations="float32")
+    mp.convert(model)
+    assert first._mixprec_activation == "float32"
+    mp.convert(model, activations="half")
+    assert first.activation is keras.activations.gelu
+    mp.convert(model, activations="float32")
+    mp.to_float32(model)
+    assert first.activation is keras.activations.gelu
+    assert not hasattr(first, "_mixprec_activation")
+
+
+def test_survives_saving(tmp_path):
+    model, x = make("gelu"), data()
+    mp.convert(model, activations="float32")
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert loaded.get_layer("first")._mixprec_activation == "float32"
+    np.testing.assert_array_equal(
+        loaded.predict(x, verbose=0), model.predict(x, verbose=0)
+    )
+
+
+def test_a_plan_holds_it():
+    model = make("gelu")
+    plan = mp.plan(model)
+    plan.activations = "float32"
+    plan = mp.PrecisionPlan.from_json(plan.to_json())
+    assert "activation functions in float32" in str(plan)
+    mp.convert(model, plan=plan)
+    assert model.get_layer("first")._mixprec_activation == "float32"
+    assert present_plan(model).activations == "float32"
+
+
+def test_layers_in_float32_cells_and_layer_activations_stay():
+    model = keras.Sequential(
+        [
+            keras.Input((5, 4)),
+            layers.LSTM(4, name="lstm"),
+            layers.Dense(4, activation=layers.LeakyReLU(), name="leaky"),
+            layers.Dense(2, "softmax", name="output"),
+        ]
+    )
+    mp.convert(model, activations="float32")
+    for name in ("lstm", "leaky", "output"):
+        assert not hasattr(model.get_layer(name), "_mixprec_activation")
+    assert not hasattr(model.get_layer("lstm").cell, "_mixprec_activation")
+
+
+def test_trains():
+    model, x = make("gelu"), data()
+    model.compile("adam", "mse")
+    mp.convert(model, activations="float32")
+    model.fit(x, np.ones((32, 2), "float32"), epochs=2, verbose=0)
+    assert model.optimizer.overflow_count == 0
+
+
+def test_arguments():
+    with pytest.raises(ValueError, match="Received: activations='float64'"):
+        mp.convert(make("relu"), activations="float64")

@@ -1,0 +1,228 @@
+"""`calibrate`: faults end in float32, nothing else does, and tolerances are kept."""
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+from keras import ops
+from planted import FAULTS
+from planted import TinyEpsilonBackward
+from planted import clean
+from planted import inputs
+from planted import model_with
+from planted import squaring
+from support import SLOW_ON_JAX
+from support import assert_same_bits
+from support import snapshot
+
+import keras_mixprec as mp
+from keras_mixprec.precision_plan import PrecisionPlan
+from keras_mixprec.precisions import precisions_of
+
+FEW = {"batch_size": 32, "batches": 2, "verbose": 0}
+NOT_OURS = ("input", "output layer")
+
+
+def calibrated(model, x, y=None, **arguments):
+    return mp.calibrate(model, x, y, **{**FEW, **arguments})
+
+
+def moved(plan):
+    return [r.path for r in plan if r.policy == "float32" and r.reason not in NOT_OURS]
+
+
+def unseen_error(model, plan):
+    mp.convert(model, plan=plan)
+    return mp.compare_precision(model, inputs(512, seed=9)[0]).relative_error
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_ends_in_float32_and_nothing_else_does(fault):
+    model, (x, y) = model_with(fault), inputs()
+    plan = calibrated(model, x, y, tolerance=0.01)
+    assert moved(plan) == ["fault"]
+    assert unseen_error(model, plan) < 0.01
+    model.fit(x, y, verbose=0)
+    assert model.optimizer.overflow_count == 0
+
+
+@pytest.mark.parametrize(
+    "policy", [pytest.param("mixed_float16", marks=SLOW_ON_JAX), "mixed_bfloat16"]
+)
+def test_a_clean_model_ends_fully_in_half(policy):
+    model, (x, y) = model_with(clean), inputs()
+    plan = calibrated(model, x, y, policy=policy)
+    assert moved(plan) == []
+    assert plan.advice == []
+    tolerance = {"mixed_float16": 0.01, "mixed_bfloat16": 0.08}[policy]
+    assert unseen_error(model, plan) < tolerance
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tolerance", [3e-4, 2e-4])
+def test_the_tolerance_asked_for_is_the_tolerance_measured(tolerance):
+    """Below what all layers in half make: some have to go, not all."""
+    model, (x, y) = model_with(clean), inputs()
+    everything = unseen_error(model, mp.plan(model))
+    mp.to_float32(model)
+    plan = calibrated(model, x, y, tolerance=tolerance, batch_size=64, batches=4)
+    assert everything > tolerance
+    assert 0 < unseen_error(model, plan) < tolerance
+    assert moved(plan)
+
+
+def test_measurements_and_loss_scale():
+    model, (x, y) = model_with(clean), inputs()
+    plan = calibrated(model, x, y)
+    row = plan["dense"].measured
+    outputs = keras.Model(model.inputs, model.layers[0].output)
+    seen = x[np.random.default_rng(0).permutation(len(x))[:32]]
+    largest = np.abs(outputs.predict(seen, verbose=0)).max()
+    assert row["max_abs"] == pytest.approx(largest, rel=1e-5)
+    assert row["headroom"] == pytest.approx(65504 / largest, rel=1e-5)
+    assert row["activation_bytes"] == 16 * 4
+    assert 0 < row["own_error"] < 2e-3
+    assert row["underflow_share"] == 0
+    # A power of two; the largest gradient below the limit with 8 to 16 times room.
+    assert np.log2(plan.initial_scale) % 1 == 0
+    largest = max(r.measured.get("gradient_max_abs", 0.0) for r in plan)
+    assert largest <= 65504 / 8
+    assert plan.initial_scale > 1
+    assert calibrated(model, x, y, policy="mixed_bfloat16").initial_scale == 1
+
+
+def test_the_plan_survives_json_and_sets_the_scale():
+    model, (x, y) = model_with(squaring), inputs()
+    plan = calibrated(model, x, y)
+    assert PrecisionPlan.from_json(plan.to_json()) == plan
+    assert f"initial loss scale: {plan.initial_scale:g}" in str(plan)
+    mp.convert(model, plan=plan)
+    assert model.optimizer.initial_scale == plan.initial_scale
+
+
+def test_the_same_seed_gives_the_same_plan():
+    x, y = inputs()
+    plans = []
+    for _ in range(2):
+        keras.utils.clear_session()
+        keras.utils.set_random_seed(0)
+        plans.append(calibrated(model_with(squaring), x, y, seed=3).to_json())
+    assert plans[0] == plans[1]
+
+
+def test_the_model_is_left_as_it_was():
+    model, (x, y) = model_with(squaring), inputs(64)
+    model.fit(x, y, verbose=0)
+    before, function = snapshot(model, model.optimizer), model.train_function
+    precisions = precisions_of(model)
+    calibrated(model, x, y)
+    assert precisions_of(model) == precisions
+    assert model.train_function is function
+    assert_same_bits(before, snapshot(model, model.optimizer))
+
+
+def test_calibrating_again_begins_anew():
+    model, (x, y) = model_with(squaring), inputs()
+    mp.convert(model, plan=calibrated(model, x, y))
+    assert model.get_layer("fault").dtype_policy.name == "float32"
+    fault = model.get_layer("fault")
+    assert moved(calibrated(model, x / 1000, y)) == []
+    assert moved(calibrated(model, x, y)) == ["fault"]
+    assert fault.dtype_policy.name == "float32"
+
+
+def test_the_users_layers_and_the_rules_stay():
+    model, (x, y) = model_with(clean), inputs()
+    plan = calibrated(model, x, y, keep_float32=["conv1d"])
+    assert moved(plan) == ["conv1d"]
+    assert plan["conv1d"].reason == "user"
+
+
+def test_without_targets_gradients_are_still_checked():
+    model = keras.Sequential(
+        [keras.Input((8,)), TinyEpsilonBackward(name="fault"), layers.Dense(2)]
+    )
+    # The fault's own weights would feel it; here what is before it does.
+    model = keras.Sequential(
+        [keras.Input((8,)), layers.Dense(8), *model.layers], name="net"
+    )
+    plan = calibrated(model, inputs()[0])
+    assert moved(plan) == ["fault"]
+    assert "gradients" in plan["fault"].reason
+
+
+def test_an_operation_that_is_no_layer_is_met_by_what_feeds_it():
+    x = keras.Input((8,))
+    y = layers.Dense(8, kernel_initializer=keras.initializers.RandomNormal(0, 200))(x)
+    y = ops.square(y) / 1e6
+    model = keras.Model(x, layers.Dense(2)(y))
+    plan = calibrated(model, inputs()[0])
+    assert "dense" in moved(plan)
+    assert unseen_error(model, plan) < 0.01
+
+
+def test_an_rnn_goes_with_its_cell():
+    x = np.random.default_rng(0).normal(size=(64, 6, 4)).astype("float32")
+    model = keras.Sequential(
+        [keras.Input((6, 4)), layers.SimpleRNN(8, name="rnn"), layers.Dense(2)]
+    )
+    plan = calibrated(model, x, tolerance=1e-9)
+    assert plan["rnn"].policy == "float32"
+    assert {r.policy for r in plan if r.path.startswith("rnn")} == {"float32"}
+    assert plan.advice == []
+
+
+def test_search_weighs_layers_by_what_they_cost():
+    model = keras.Sequential(
+        [
+            keras.Input((8,)),
+            layers.Dense(512, name="wide"),
+            layers.Dense(8, name="narrow"),
+            layers.Dense(8, name="small"),
+            layers.Dense(2),
+        ]
+    )
+    x, _ = inputs()
+    bytes_kept = {}
+    for search in ("fewest", "memory", "speed"):
+        plan = calibrated(model, x, tolerance=4e-4, search=search)
+        kept = [plan[path] for path in moved(plan)]
+        bytes_kept[search] = sum(r.measured["activation_bytes"] for r in kept)
+        assert kept
+    assert bytes_kept["memory"] <= bytes_kept["fewest"]
+
+
+def test_no_time_at_all_is_still_within_the_tolerance():
+    model, (x, y) = model_with(squaring), inputs()
+    plan = calibrated(model, x, y, max_seconds=1e-9)
+    assert plan["fault"].policy == "float32"
+    assert "time ran out" in plan.advice[0]
+    assert unseen_error(model, plan) < 0.01
+
+
+def test_progress_is_shown(capsys):
+    mp.calibrate(model_with(clean), inputs(32)[0], batches=1)
+    assert "error" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"policy": "float32"}, "Received: policy='float32'"),
+        ({"search": "best"}, "Received: search='best'"),
+        ({"tolerance": 0.0}, "Received: tolerance=0.0"),
+        ({"batches": 0}, "Received: batches=0"),
+        ({"max_seconds": -1}, "Received: max_seconds=-1"),
+    ],
+)
+def test_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        calibrated(model_with(clean), inputs(32)[0], **arguments)
+
+
+def test_a_model_that_is_not_finite_in_float32_is_refused():
+    model, (x, _) = model_with(clean), inputs(32)
+    model.layers[0].kernel.assign(np.full((8, 16), np.nan))
+    with pytest.raises(ValueError, match="finite in float32"):
+        calibrated(model, x)

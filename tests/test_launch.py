@@ -1,0 +1,120 @@
+"""`keras-mixprec launch`: a script cannot tell, but for its precision."""
+
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import keras
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+COMMAND = "import sys; from keras_mixprec_cli.app import main; sys.exit(main())"
+
+SPEAKS = """
+import os, signal, sys
+print(__name__, __file__, sys.argv[1:], sys.path[0], "sitecustomize" in sys.modules)
+print([m for m in ("keras", "keras_mixprec", "click") if m in sys.modules])
+if "raise" in sys.argv:
+    raise RuntimeError("mine")
+if "exit" in sys.argv:
+    sys.exit(7)
+if "kill" in sys.argv:
+    os.kill(os.getpid(), signal.SIGTERM)
+if "interrupt" in sys.argv:
+    # Shells start background processes with it ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.kill(os.getpid(), signal.SIGINT)
+"""
+
+TRAINS = """
+import os
+os.environ["KERAS_BACKEND"] = {backend!r}
+{torch_first}
+import keras, numpy as np
+model = keras.Sequential(
+    [keras.Input((4,)), keras.layers.Dense(8), keras.layers.Dense(1, dtype="float32")]
+)
+model.compile("adam", "mse")
+history = model.fit(np.zeros((8, 4)), np.zeros((8, 1)), verbose=0)
+print(model.layers[0].compute_dtype, type(model.optimizer).__module__)
+print(sorted(history.history))
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    path = tmp_path / "script.py"
+    path.write_text(SPEAKS)
+    return path
+
+
+def python(*words, **env):
+    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return subprocess.run(
+        [sys.executable, *map(str, words)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": paths, "TF_CPP_MIN_LOG_LEVEL": "3", **env},
+    )
+
+
+def launch(*words, **env):
+    return python("-c", COMMAND, "launch", *words, **env)
+
+
+@pytest.mark.parametrize("word", ["nothing", "raise", "exit", "kill", "interrupt"])
+def test_a_script_that_needs_no_keras_cannot_tell(script, word):
+    plain = python(script, word, "--json", "--policy", "-h")
+    launched = launch("--json", script, word, "--json", "--policy", "-h")
+    for stream in ("stdout", "stderr", "returncode"):
+        # Whether there is one at all is up to the machine.
+        same = [getattr(done, stream) for done in (plain, launched)]
+        if stream == "stdout":
+            same = [text.replace("False\n", "True\n") for text in same]
+        assert same[0] == same[1]
+    status = {"raise": 1, "exit": 7, "kill": -signal.SIGTERM, "interrupt": -2}
+    assert launched.returncode == status.get(word, 0)
+
+
+def test_the_machines_sitecustomize_still_runs(script, tmp_path):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text("print('the own one')")
+    paths = os.pathsep.join([str(tmp_path / "site"), str(ROOT)])
+    done = launch(script, PYTHONPATH=paths)
+    # Once for the command itself, once for the script.
+    assert done.stdout.count("the own one") == 2
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_script_chooses_the_backend_and_gets_the_policy(script):
+    backend = keras.backend.backend()
+    torch_first = "import torch" if backend == "torch" else ""
+    script.write_text(TRAINS.format(backend=backend, torch_first=torch_first))
+    # The variable says what the script does not want.
+    other = "jax" if backend == "tensorflow" else "tensorflow"
+    done = launch("--json", script, KERAS_BACKEND=other)
+    assert done.returncode == 0, done.stderr
+    first, keys, *summary = done.stdout.splitlines()
+    assert first == "float16 keras_mixprec.optimizer"
+    assert "'loss_scale'" in keys
+    found = json.loads("".join(summary))
+    assert (found["policy"], found["backend"]) == ("mixed_float16", backend)
+    (fit,) = found["fits"]
+    assert fit["logs"]["loss_scale"] == 2.0**15
+
+
+@pytest.mark.slow
+def test_without_the_monitor_and_in_float32_it_is_plain_keras(script):
+    backend = keras.backend.backend()
+    script.write_text(TRAINS.format(backend=backend, torch_first=""))
+    words = ("launch", "--no-monitor", "--policy", "float32", script)
+    module = type(keras.optimizers.Adam()).__module__
+    done = python("-m", "keras_mixprec", *words)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-2:] == [
+        f"float32 {module}",
+        "['loss']",
+    ]

@@ -1,0 +1,32 @@
+"""keras.distribution on JAX: eight host devices, data- and model-parallel."""
+
+import keras
+import pytest
+from processes import run
+
+pytestmark = pytest.mark.skipif(keras.backend.backend() != "jax", reason="JAX")
+SCRIPT = "tests/distributed/jax_devices.py"
+EIGHT = [{"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}]
+
+
+@pytest.mark.parametrize(
+    "kind, inner",
+    [
+        ("model", "most"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("data", "plain"), ("data", "most"), ("model", "plain"))
+        ),
+    ],
+)
+def test_training_survives_faults_on_each_device(kind, inner):
+    (output,) = run(SCRIPT, [["survive", kind, inner]], EIGHT, deadline=300)
+    assert "survived" in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["data", "model"])
+def test_eight_devices_learn_as_one_does(kind):
+    inners = ["plain", "accumulation", "averaging", "global_clipnorm", "all"]
+    (output,) = run(SCRIPT, [["curves", kind, *inners]], EIGHT, deadline=300)
+    assert output.count("same curve") == len(inners)
