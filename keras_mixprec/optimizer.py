@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import operator
 import warnings
 from typing import Any
 
@@ -349,9 +350,10 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         self.variable_counters.assign(counts + self._by_variable(overflowed, variables))
 
     def _by_variable(self, flags, variables):
-        order = [self._get_variable_index(v) for v in variables]
-        if order == list(range(len(self._trainable_variables))):
+        own = self._trainable_variables
+        if len(own) == len(variables) and all(map(operator.is_, own, variables)):
             return flags
+        order = [self._get_variable_index(v) for v in variables]
         columns = ops.one_hot(order, len(self._trainable_variables), dtype=flags.dtype)
         return ops.sum(columns * ops.expand_dims(flags, 1), axis=0)
 

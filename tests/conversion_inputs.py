@@ -24,7 +24,9 @@ def sample_for(model, rows=2):
 
 def _sample(x, rng, rows, scale):
     shape = [rows, *(SIZE if size is None else size for size in x.shape[1:])]
-    if "mask" in x.name and "masks" not in x.name:
+    if x.name == "masks":  # SAM's: one per image, four times the embedding's size.
+        shape = [rows, 1, 4 * SIZE, 4 * SIZE, *shape[4:]]
+    elif "mask" in x.name:
         return np.ones(shape, x.dtype)
     if "segment" in x.name or "label" in x.name:
         return np.zeros(shape, x.dtype)

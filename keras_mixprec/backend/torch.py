@@ -1,13 +1,15 @@
 """torch: multi-tensor calls; on an accelerator no branch ever waits for it."""
 
+import operator
+
 import torch
 
 from keras_mixprec.backend import LARGEST_NORM
 from keras_mixprec.backend import LARGEST_SCALED_NORM
 from keras_mixprec.backend import stateful
 
-_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_INTEGERS = set(_INTEGER.values())
+# Of every size of element there is; two int64 make one complex128.
+_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
 @torch.no_grad()
@@ -62,58 +64,58 @@ def _free_to_read(tensor):
 
 @torch.no_grad()
 def read(variables):
-    """Return copies of the bit patterns, made in one call per size of element."""
-    bits, groups = _bits(variables), {}
-    for i, value in enumerate(bits):
-        groups.setdefault(value.dtype, []).append(i)
-    return [(group, _copies([bits[i] for i in group])) for group in groups.values()]
-
-
-def _copies(values):
-    integer = values[0].dtype in _INTEGERS
-    return torch._foreach_add(values, 0) if integer else [v.clone() for v in values]
+    """Return a copy of the variables' bits: one buffer per size of element."""
+    return [
+        torch.cat(views if flat else [v.flatten() for v in views])
+        for views, _, flat in _bits(variables)
+    ]
 
 
 @torch.no_grad()
 def restore_by_select(skipped, variables, saved):
-    """Write the saved values back where `skipped`, in three calls per size.
+    """Write the saved bits back where `skipped`, in three calls per buffer.
 
-    new += (old - new) * skipped, on the bit patterns as integers: exact for every
-    bit, NaN and the sign of zero included, and without asking what `skipped` is.
+    new = new * (1 - skipped) + old * skipped, on the bit patterns as integers: exact
+    for every bit, NaN and the sign of zero included, and without asking what
+    `skipped` is. `saved` is used up.
     """
-    bits = _bits(variables)
-    for members, old in saved:
-        new = [bits[i] for i in members]
-        if new[0].dtype in _INTEGERS:
-            torch._foreach_sub_(old, new)
-            torch._foreach_mul_(old, skipped.to(new[0].dtype))
-            torch._foreach_add_(new, old)
-        else:
-            for n, o in zip(new, old, strict=True):
-                n.copy_(torch.where(skipped, o, n))
+    for (views, sizes, flat), old in zip(_bits(variables), saved, strict=True):
+        chosen = skipped.to(old)
+        parts = old.mul_(chosen).split(sizes)
+        if not flat:
+            parts = [p.view(v.shape) for p, v in zip(parts, views, strict=True)]
+        torch._foreach_mul_(views, 1 - chosen)
+        torch._foreach_add_(views, parts)
 
 
 def _bits(variables):
-    """Return each variable's memory as integers, where a type of that size exists."""
+    """Return (integer views, their sizes, whether flat) per kind of memory.
+
+    Kept from step to step, because the host takes longer to make a view than to
+    launch a kernel on it.
+    """
     # A scope may hold other values in the variables' place; then it does for all.
-    if variables and variables[0].value is not variables[0]._value:
-        return [_view(v.value) for v in variables]
-    return [_kept_view(v) for v in variables]
-
-
-def _kept_view(variable):
-    # A view takes the host longer to make than a kernel to launch.
-    value = variable._value
-    kept = getattr(variable, "_mixprec_view", None)
-    if kept is None or kept[0] is not value:
-        kept = variable._mixprec_view = value, _view(value)
+    if not variables or variables[0].value is not variables[0]._value:
+        return _views([v.value for v in variables])
+    values = [v._value for v in variables]
+    kept = getattr(variables[0], "_mixprec_bits", ([], None))
+    if len(kept[0]) != len(values) or not all(map(operator.is_, kept[0], values)):
+        kept = variables[0]._mixprec_bits = values, _views(values)
     return kept[1]
 
 
-def _view(value):
-    value = value.detach()
-    kind = _INTEGER.get(value.element_size())
-    return value if kind is None else value.view(kind)
+def _views(values):
+    groups = {}
+    for value in values:
+        kind = _INTEGER.get(value.element_size(), torch.int64)
+        view = value.detach().view(kind)
+        flat = view.is_contiguous()
+        views = groups.setdefault((kind, value.device, flat), [])
+        views.append(view.view(-1) if flat else view)
+    return [
+        (views, [v.numel() for v in views], flat)
+        for (_, _, flat), views in groups.items()
+    ]
 
 
 def _restore_if(skipped, variables, saved):
