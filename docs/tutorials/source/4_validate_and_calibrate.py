@@ -247,7 +247,7 @@ epochs = np.arange(1, EPOCHS + 1)
 axes.axvspan(3.5, 9.5, color="0.9", label="gain too high")
 axes.bar(epochs, history["overflow_count"], color="tab:red", label="steps skipped")
 axes.step(epochs, history["float32_layers"], where="mid", label="layers in float32")
-axes.set(xlabel="epoch")
+axes.set(xlabel="epoch", xticks=epochs[1::2])
 axes.legend(fontsize=8)
 plt.show()
 assert [c.after for c in adaptive.changes] == ["float32", "mixed_float16"]
