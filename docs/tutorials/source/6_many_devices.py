@@ -237,7 +237,7 @@ def run(backend, script, *command, **environment):
         capture_output=True,
         text=True,
     )
-    print(done.stdout)
+    print(done.stdout, end="")
     assert done.returncode == 0, done.stderr
 
 
@@ -291,6 +291,7 @@ if rank == 0:
     print("counted:  ", optimizer.overflow_count)
     print("finite:   ", bool(flat.isfinite().all()))
     print("same bits:", bool((both[0] == both[1]).all()))
+dist.barrier()  # Nobody leaves while another still waits.
 dist.destroy_process_group()
 """
 launcher = ("-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone")
