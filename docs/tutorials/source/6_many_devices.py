@@ -8,6 +8,7 @@
 # %%
 import tensorflow as tf
 
+tf.get_logger().setLevel("ERROR")  # It tells of every all-reduce.
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(
     cpu, [tf.config.LogicalDeviceConfiguration()] * 2
@@ -28,16 +29,16 @@ x, y = (images[:1536] / 16).astype("float32"), labels[:1536]
 # %% [markdown]
 # ## What the devices do
 #
-# Each of $N$ replicas has a copy of the weights $w$ and an $N$th of the batch. The mean
-# over the batch is the mean over the replicas of their means, and so is its gradient:
+# Each of $N$ replicas has a copy of the weights $w$ and one part in $N$ of the batch of
+# $B$ samples. The mean over the batch is the mean over the replicas of their means, and
+# so is its gradient:
 #
-# $$\nabla_w \frac{1}{B} \sum_{i=1}^{B} L_i
-#   = \frac{1}{N} \sum_{r=1}^{N} \nabla_w \frac{N}{B} \sum_{i \in r} L_i
-#   = \frac{1}{N} \sum_{r=1}^{N} g_r$$
+# $$g = \nabla_w \frac{1}{B} \sum_i L_i = \frac{1}{N} \sum_r g_r,
+#   \qquad g_r = \nabla_w \frac{N}{B} \sum_{i \in r} L_i$$
 #
 # All replicas get the sum (an *all-reduce*), and apply the same update to the same
 # weights. By hand, for a linear model and the mean squared error, whose gradient is
-# $\frac{2}{B} X^\top (Xw - t)$:
+# $2 X^\top (Xw - t) / B$:
 
 # %%
 random = np.random.default_rng(0)
