@@ -9,6 +9,7 @@ import pytest
 from faults import MAX_SCALE
 from jobs import BACKEND
 from jobs import job
+from jobs import run_example
 from jobs import run_job
 from jobs import words
 
@@ -28,6 +29,12 @@ def test_training_survives_faults_on_each_process(processes, inner, after):
     outputs = run_job(processes, "survive", *BEFORE, inner, *after)
     digests = {tuple(words(o, "digest")[0]) for o in outputs}
     assert len(digests) == 1, digests
+
+
+def test_the_example_runs():
+    chief, other = run_example(2)
+    assert "overflow_total" in chief
+    assert "overflow_total" not in other
 
 
 @pytest.mark.skipif(BACKEND == "jax", reason="test_replicas_jax.py has the curves")
