@@ -166,7 +166,7 @@ history = model.fit(
     callbacks=[mp.MixedPrecisionMonitor()],
 ).history
 for key in ("loss", "loss_scale", "overflow_count", "overflow_total"):
-    print(f"{key:15}", [float(f"{value:.4g}") for value in history[key]])
+    print(f"{key:15}", [round(value, 3) for value in history[key]])
 assert history["overflow_count"] == [1, 1, 1]
 
 # %% [markdown]
