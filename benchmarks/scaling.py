@@ -127,8 +127,12 @@ def plot(rows: list[dict], path: str) -> None:
         if mine:
             axes.plot(*zip(*mine, strict=True), marker="o", label=way)
     axes.set(xlabel="devices", ylabel="ms per step, batch per device constant")
+    counts = sorted({row["devices"] for row in rows})
     axes.set_xscale("log", base=2)
-    axes.set_title(f"{rows[0]['model']} {rows[0]['size']}, {rows[0]['device']}", size=8)
+    axes.set_xticks(counts, counts)
+    axes.set_ylim(bottom=0)
+    what = (rows[0][key] for key in ("backend", "model", "size", "device"))
+    axes.set_title(", ".join(what), size=8)
     axes.legend(title="loss scaling")
     figure.savefig(path, bbox_inches="tight")
 

@@ -1,8 +1,13 @@
-"""What MkDocs is made to do: refuse undocumented names, and set formulas as MathML."""
+"""What MkDocs is made to do: refuse undocumented names, and set formulas as MathML.
+
+And lead links of notebooks to pages, which MkDocs does for Markdown only.
+"""
 
 import functools
 import html
+import logging
 import pathlib
+import posixpath
 import re
 
 import griffe
@@ -10,6 +15,9 @@ import latex2mathml.converter
 from mkdocs.exceptions import PluginError
 
 ROOT = pathlib.Path(__file__).parents[1]
+_SOURCE = re.compile(r'href="(?!\w+:)([^"#]+\.(?:ipynb|md))(#[^"]*)?"')
+# A warning in it fails a strict build.
+_logger = logging.getLogger("mkdocs.hooks")
 _CODE = re.compile(r"<pre.*?</pre>|<code.*?</code>|<script.*?</script>", re.DOTALL)
 _FORMULA = re.compile(
     r'<(?:span|div) class="arithmatex">\\[(\[](.+?)\\[)\]]</(?:span|div)>'
@@ -65,7 +73,9 @@ def _without_docstring(found, name):
 
 
 def on_page_content(text, page, config, files):
-    """Set formulas as MathML, which browsers draw by themselves."""
+    """Set formulas as MathML, which browsers draw by themselves, and links right."""
+    if page is not None and page.file.src_uri.endswith(".ipynb"):
+        text = _SOURCE.sub(lambda match: _href(match, page.file, files), text)
     if "$" not in text and "arithmatex" not in text:
         return text
     parts, end = [], 0
@@ -73,6 +83,16 @@ def on_page_content(text, page, config, files):
         parts += [_FORMULA.sub(_mathml, text[end : code.start()]), code[0]]
         end = code.end()
     return "".join([*parts, _FORMULA.sub(_mathml, text[end:])])
+
+
+def _href(match, source, files):
+    folder = posixpath.dirname(source.src_uri)
+    path = posixpath.normpath(posixpath.join(folder, match[1]))
+    target = files.get_file_from_path(path)
+    if target is None:
+        _logger.warning("'%s' links to '%s', which is not.", source.src_uri, match[1])
+        return match[0]
+    return f'href="{target.url_relative_to(source)}{match[2] or ""}"'
 
 
 def _mathml(match):

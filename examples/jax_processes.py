@@ -21,7 +21,13 @@ from chief import ChiefBackup
 import keras_mixprec as mp
 
 
-def start(coordinator: str, processes: int, index: int, heartbeat: int = 100):
+def start(
+    coordinator: str,
+    processes: int,
+    index: int,
+    heartbeat: int = 100,
+    patience: int = 300,
+):
     """Join the other processes, before anything else asks JAX for devices.
 
     Args:
@@ -30,10 +36,15 @@ def start(coordinator: str, processes: int, index: int, heartbeat: int = 100):
         index: Int, which of them this one is.
         heartbeat: Int, seconds of silence after which a process counts as dead.
             Defaults to `100`.
+        patience: Int, seconds to wait for the others to join. Defaults to `300`.
     """
     if processes > 1:
         jax.distributed.initialize(
-            coordinator, processes, index, heartbeat_timeout_seconds=heartbeat
+            coordinator,
+            processes,
+            index,
+            initialization_timeout=patience,
+            heartbeat_timeout_seconds=heartbeat,
         )
 
 
@@ -45,19 +56,20 @@ def set_data_parallel():
     keras.distribution.set_distribution(distribution)
 
 
-def main(coordinator, processes, index, epochs, backup):
+def main(coordinator, processes, index, epochs, backup, full=False):
     start(coordinator, processes, index)
     # The same weights everywhere.
     keras.utils.set_random_seed(0)
     set_data_parallel()
     mp.set_policy("mixed_float16")
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(512, 8)).astype("float32")
+    samples, width, batch = (2**20, 4096, 8192) if full else (512, 32, 64)
+    x = rng.normal(size=(samples, 8)).astype("float32")
     y = (x[:, 0] > 0).astype("int32")
     model = keras.Sequential(
         [
             keras.Input((8,)),
-            keras.layers.Dense(32, activation="relu"),
+            keras.layers.Dense(width, activation="relu"),
             keras.layers.Dense(2, activation="softmax", dtype="float32"),
         ]
     )
@@ -65,7 +77,7 @@ def main(coordinator, processes, index, epochs, backup):
     model.fit(
         x[index::processes],
         y[index::processes],
-        batch_size=64 // processes,
+        batch_size=batch // processes,
         epochs=epochs,
         verbose=2 if index == 0 else 0,
         callbacks=[mp.MixedPrecisionMonitor(), ChiefBackup(backup, index == 0)],
@@ -77,6 +89,7 @@ if __name__ == "__main__":
     parser.add_argument("--coordinator", default="127.0.0.1:1234")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--index", type=int, default=0)
+    parser.add_argument("--full", action="store_true", help="a million samples")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--backup", default=tempfile.mkdtemp())
     main(**vars(parser.parse_args()))

@@ -22,11 +22,12 @@ import tensorflow as tf
 import keras_mixprec as mp
 
 
-def small_net():
+def net(width):
+    """Return a classifier with a hidden layer of `width` units."""
     return keras.Sequential(
         [
             keras.Input((8,)),
-            keras.layers.Dense(32, activation="relu"),
+            keras.layers.Dense(width, activation="relu"),
             keras.layers.Dense(3, activation="softmax", dtype="float32"),
         ]
     )
@@ -50,21 +51,22 @@ def make_step(strategy, model, optimizer, loss_fn):
     return step
 
 
-def train(strategy, datasets, steps, optimizer="adam"):
-    """Train a small net on the workers of the cluster.
+def train(strategy, datasets, steps, optimizer="adam", width=32):
+    """Train a net on the workers of the cluster.
 
     Args:
         strategy: `tf.distribute.ParameterServerStrategy`.
         datasets: Callable without arguments that returns a worker's `tf.data.Dataset`.
         steps: Int, steps of all workers together.
         optimizer: The inner optimizer or its name. Defaults to `"adam"`.
+        width: Int, units of the hidden layer. Defaults to `32`.
 
     Returns:
         The model, the optimizer and the list of losses.
     """
     coordinator = tf.distribute.coordinator.ClusterCoordinator(strategy)
     with strategy.scope(), mp.policy_scope("mixed_float16"):
-        model = small_net()
+        model = net(width)
         optimizer = mp.LossScaleOptimizer(optimizer)
         optimizer.build(model.trainable_variables)
     loss_fn = keras.losses.SparseCategoricalCrossentropy()
@@ -94,18 +96,20 @@ def serve():
     server.join()
 
 
-def main(steps):
+def main(steps, full=False):
     if json.loads(os.environ["TF_CONFIG"])["task"]["type"] != "chief":
         serve()
     resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
     strategy = tf.distribute.ParameterServerStrategy(resolver)
     keras.utils.set_random_seed(0)
-    _, optimizer, losses = train(strategy, dataset, steps)
+    width = 4096 if full else 32
+    _, optimizer, losses = train(strategy, dataset, steps, width=width)
     print("first losses", losses[:4], "last", losses[-4:])
     print("loss scale", float(optimizer.loss_scale), optimizer.overflow_counts)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--full", action="store_true", help="a layer of width 4096")
     parser.add_argument("--steps", type=int, default=200)
     main(**vars(parser.parse_args()))

@@ -67,31 +67,33 @@ def train(model, step, batches, epochs, callbacks=(), verbose=True):
     return model.history.history
 
 
-def small_net():
+def net(width):
+    """Return a classifier with a hidden layer of `width` units."""
     return keras.Sequential(
         [
             keras.Input((8,)),
-            keras.layers.Dense(32, activation="relu"),
+            keras.layers.Dense(width, activation="relu"),
             keras.layers.BatchNormalization(),
             keras.layers.Dense(2, activation="softmax", dtype="float32"),
         ]
     )
 
 
-def main(epochs, backup):
+def main(epochs, backup, full=False):
     # Before anything else: it starts the server that the other workers wait for.
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
     keras.utils.set_random_seed(0)
     mp.set_policy("mixed_float16")
+    samples, width, batch = (2**20, 4096, 8192) if full else (512, 32, 64)
     with strategy.scope():
-        model = small_net()
+        model = net(width)
         model.compile(mp.LossScaleOptimizer("adam"), "sparse_categorical_crossentropy")
         # Now, because variables cannot be created while a step is traced.
         model.optimizer.build(model.trainable_variables)
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(512, 8)).astype("float32")
+    x = rng.normal(size=(samples, 8)).astype("float32")
     y = (x[:, 0] > 0).astype("int64")
-    batches = tf.data.Dataset.from_tensor_slices((x, y)).batch(64)
+    batches = tf.data.Dataset.from_tensor_slices((x, y)).batch(batch)
     is_chief = strategy.extended.should_checkpoint
     callbacks = [mp.MixedPrecisionMonitor(), ChiefBackup(backup, is_chief)]
     batches = strategy.experimental_distribute_dataset(batches)
@@ -100,6 +102,7 @@ def main(epochs, backup):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--full", action="store_true", help="a million samples")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--backup", default=tempfile.mkdtemp())
     main(**vars(parser.parse_args()))

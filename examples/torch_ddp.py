@@ -93,19 +93,20 @@ def start() -> torch.device:
     return torch.device("cpu")
 
 
-def main(epochs: int, backup: str):
+def main(epochs: int, backup: str, full: bool = False):
     device = start()
     keras.utils.set_random_seed(0)
     mp.set_policy("mixed_float16")
     rng = np.random.default_rng(0)
-    x = rng.normal(size=(512, 8)).astype("float32")
+    samples, width, batch = (2**20, 4096, 8192) if full else (512, 32, 64)
+    x = rng.normal(size=(samples, 8)).astype("float32")
     y = (x[:, 0] > 0).astype("int64")
     rank, processes = dist.get_rank(), dist.get_world_size()
     with keras.device(str(device)):
         net = keras.Sequential(
             [
                 keras.Input((8,)),
-                keras.layers.Dense(32, activation="relu"),
+                keras.layers.Dense(width, activation="relu"),
                 keras.layers.Dense(2, activation="softmax", dtype="float32"),
             ]
         )
@@ -114,7 +115,7 @@ def main(epochs: int, backup: str):
         model.fit(
             x[rank::processes],
             y[rank::processes],
-            batch_size=64 // processes,
+            batch_size=batch // processes,
             epochs=epochs,
             verbose=2 if rank == 0 else 0,
             callbacks=[
@@ -127,6 +128,7 @@ def main(epochs: int, backup: str):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--full", action="store_true", help="a million samples")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--backup", default=tempfile.mkdtemp())
     main(**vars(parser.parse_args()))

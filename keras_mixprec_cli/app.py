@@ -24,7 +24,18 @@ _NAME = "keras-mixprec"
 _EXPECTED = (ValueError, TypeError, OSError, ImportError)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _InOrder(click.Group):
+    """Lists commands as they were added: in the order in which they are met."""
+
+    def list_commands(self, context):
+        return list(self.commands)
+
+
+@click.group(
+    cls=_InOrder,
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.version_option(package_name="keras-mixprec", message="%(package)s %(version)s")
 @click.option(
     "--traceback", is_flag=True, help="Show where an error arose, not only its line."
@@ -34,16 +45,21 @@ def cli(context: click.Context, traceback: bool) -> None:
     """Train and convert Keras 3 models in half precision (float16 or bfloat16).
 
     Half precision halves the memory of activations and is faster on GPUs with tensor
-    cores. Start with `keras-mixprec doctor`: it says what this machine gains.
+    cores. Start with `keras-mixprec doctor`: it says what this machine gains. A model
+    that is saved is for `plan`, `convert` and `bench`; a script that trains one is
+    for `launch`. No command changes the file that it reads.
 
-    The backend is Keras's own choice: KERAS_BACKEND=tensorflow, jax or torch.
+    The backend is Keras's own choice: the environment variable KERAS_BACKEND, which
+    is tensorflow, jax or torch.
     """
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
     if context.invoked_subcommand != "launch":
         # TensorFlow's notes on its build. A script that is launched sees them.
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 
-for command in (doctor, plan, convert, bench, launch, report):
+for command in (doctor, plan, bench, convert, launch, report):
     cli.add_command(command)
 
 
@@ -72,7 +88,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _EXPECTED as error:
         if "--traceback" in options:
             raise
-        return _fail(one_line(error), "--json" in options, 1)
+        # The library's name of it, which nobody has met who comes from a terminal.
+        message = one_line(error).replace("`keep_float32`", "--keep")
+        return _fail(message, "--json" in options, 1)
 
 
 def _own_options(arguments):
@@ -82,7 +100,8 @@ def _own_options(arguments):
 
 def _usage(error):
     command = error.ctx.command_path if error.ctx else _NAME
-    return f"{' '.join(error.format_message().split())} See `{command} --help`."
+    message = " ".join(error.format_message().split())
+    return f"{message.rstrip('.')}. See `{command} --help`."
 
 
 def _warn(message, *_where):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import pathlib
 
 import click
 
 from keras_mixprec_cli import options
+from keras_mixprec_cli.keras_import import import_keras
 from keras_mixprec_cli.models import import_module
 from keras_mixprec_cli.models import load
 from keras_mixprec_cli.output import console
@@ -56,6 +58,12 @@ def bench(model, policies, keep, imports, safe_mode, as_json, **sizes) -> None:
 
     The model file is not changed.
     """
+    if model.endswith(".py"):
+        module = pathlib.Path(model).with_suffix("").name
+        raise click.ClickException(
+            f"'{model}' is a script. Expected a model file, or the name of a function "
+            f"that returns a compiled model: {module}:FUNCTION."
+        )
     found, x, y, note = _subject(model, imports, safe_mode)
     from keras_mixprec_cli import samples
 
@@ -84,6 +92,7 @@ def _subject(text, imports, safe_mode):
 
 
 def _called(module, name):
+    import_keras()
     function = getattr(import_module(module), name, None)
     if not callable(function):
         raise click.ClickException(f"Module '{module}' has no function '{name}'.")

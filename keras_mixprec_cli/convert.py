@@ -11,7 +11,10 @@ from keras_mixprec_cli import options
 from keras_mixprec_cli.models import check_file
 from keras_mixprec_cli.models import load
 from keras_mixprec_cli.output import console
+from keras_mixprec_cli.output import one_line
 from keras_mixprec_cli.output import print_json
+
+_EXPECTED_PLAN = "Expected what `keras-mixprec plan MODEL.keras --json` prints."
 
 
 @click.command()
@@ -41,7 +44,7 @@ def convert(
     model keeps its optimizer's state, and trains with loss scaling from then on.
 
     The way back is `--policy float32`. Python code that loads OUT.keras must
-    `import keras_mixprec` first.
+    `import keras_mixprec` first, because Keras looks for its optimizer's class.
     """
     _check(context, target, plan_file, force)
     model = load(source, imports, safe_mode)
@@ -49,8 +52,7 @@ def convert(
     from keras_mixprec.policy import resolve_policy
 
     if plan_file:
-        check_file(plan_file)
-        plan = mp.PrecisionPlan.from_json(pathlib.Path(plan_file))
+        plan = _read(plan_file)
         mp.convert(model, plan.policy, plan=plan)
     else:
         mp.convert(model, resolve_policy(policy), keep)
@@ -73,6 +75,23 @@ def _check(context, target, plan_file, force):
         raise click.UsageError(f"Expected OUT.keras. Received: '{target}'.", context)
     if pathlib.Path(target).exists() and not force:
         raise click.ClickException(f"'{target}' exists. Add --force to replace it.")
+    if not pathlib.Path(target).parent.is_dir():
+        raise click.ClickException(
+            f"'{target}' cannot be written: its folder does not exist. Make it first."
+        )
+    if plan_file:
+        check_file(plan_file, _EXPECTED_PLAN)
+
+
+def _read(plan_file):
+    import keras_mixprec as mp
+
+    try:
+        return mp.PrecisionPlan.from_json(pathlib.Path(plan_file))
+    except (ValueError, TypeError) as error:
+        raise click.ClickException(
+            f"'{plan_file}' is no plan: {one_line(error).rstrip('.')}. {_EXPECTED_PLAN}"
+        ) from error
 
 
 def _tell(model, target, as_json):
@@ -84,3 +103,5 @@ def _tell(model, target, as_json):
         return
     counts = ", ".join(f"{n} {policy}" for policy, n in layers.most_common())
     console().print(f"Wrote {target}: {layers.total()} layers, {counts}.", markup=False)
+    if model.optimizer is not None:
+        console().print("Python code that loads it must `import keras_mixprec` first.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from keras_mixprec_cli import options
+from keras_mixprec_cli.keras_import import import_keras
 from keras_mixprec_cli.output import console
 from keras_mixprec_cli.output import print_json
 from keras_mixprec_cli.output import table
@@ -24,6 +25,7 @@ def doctor(measure, as_json) -> None:
     Devices, versions, XLA, and the time of a matrix product in each precision, for
     the backend that KERAS_BACKEND names (tensorflow if it names none).
     """
+    import_keras()
     from keras_mixprec_cli.machine import facts
 
     found = facts(measure)
@@ -62,7 +64,7 @@ def _precisions(rows):
         "bytes": "right",
         "ms": "right",
         "speed-up": "right",
-        "needs": "left",
+        "what to know": "left",
     }
     return table(title, columns, [_cells(row) for row in rows])
 
@@ -70,4 +72,4 @@ def _precisions(rows):
 def _cells(row):
     ms = None if row["product_ms"] is None else f"{row['product_ms']:.3g}"
     speedup = None if row["speedup"] is None else f"{row['speedup']:.2f}x"
-    return row["dtype"], row["bytes"], ms, speedup, row["error"] or row["needs"]
+    return row["dtype"], row["bytes"], ms, speedup, row["error"] or row["note"]

@@ -43,13 +43,24 @@ def launch(policy, monitor, as_json, script, arguments) -> None:
 
     As `python SCRIPT.py ARGUMENTS`, but when the script imports Keras the dtype policy
     is set: layers built from then on compute in half precision, and `compile` gives
-    float16 models loss scaling. All other words after SCRIPT.py are the script's own.
+    float16 models loss scaling. Options of this command stand before SCRIPT.py; all
+    words after it are the script's own:
+
+    \b
+        keras-mixprec launch --policy mixed_bfloat16 train.py --epochs 3
 
     A model that the script loads from a file keeps the precisions it was saved with:
     see `keras-mixprec convert` for it.
     """
     if not pathlib.Path(script).exists():
-        raise click.ClickException(f"'{script}' does not exist. Expected a script.")
+        raise click.ClickException(
+            f"'{script}' does not exist. Expected a Python script."
+        )
+    if script.endswith((".keras", ".h5")):
+        raise click.ClickException(
+            f"'{script}' is a model. Expected a Python script; "
+            f"for a model there is `keras-mixprec convert {script} half.keras`."
+        )
     what = {"policy": policy, "monitor": monitor, "json": as_json}
     _become_python([script, *arguments], environment(what))
 

@@ -24,9 +24,9 @@ _OPTIONAL = (
     ("jinja2", "`keras-mixprec report`", "report"),
 )
 _DTYPES = {
-    "float32": "nothing; on GPUs since Ampere it may mean TF32",
-    "float16": "loss scaling: 6e-8 to 65504 is all it holds",
-    "bfloat16": "nothing; float32's range, three digits less",
+    "float32": "what others are compared with; on GPUs since Ampere it may mean TF32",
+    "float16": "needs loss scaling: 6e-8 to 65504 is all it holds",
+    "bfloat16": "needs none: float32's range, but two digits instead of seven",
 }
 # Large enough to keep a GPU busy, small enough for a CPU that emulates float16.
 _SIZE = {True: 4096, False: 256}
@@ -85,7 +85,7 @@ def _gpu_names():
 
 
 def precisions(measure: bool) -> list[dict[str, Any]]:
-    """Return each dtype's bytes and needs and, measured here, its speed.
+    """Return each dtype's bytes and what to know and, measured here, its speed.
 
     Args:
         measure: Whether to time a matrix product.
@@ -99,10 +99,10 @@ def precisions(measure: bool) -> list[dict[str, Any]]:
             "product_size": size if measure else None,
             "product_ms": times.get(dtype),
             "speedup": times["float32"] / times[dtype] if dtype in times else None,
-            "needs": needs,
+            "note": note,
             "error": errors.get(dtype),
         }
-        for dtype, needs in _DTYPES.items()
+        for dtype, note in _DTYPES.items()
     ]
 
 

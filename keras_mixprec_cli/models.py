@@ -14,6 +14,10 @@ from typing import Any
 
 import click
 
+from keras_mixprec_cli.keras_import import import_keras
+
+_EXPECTED = 'Expected a model file that `model.save("model.keras")` wrote.'
+
 
 def load(
     path: str, imports: Sequence[str] = (), safe_mode: bool = True, compile: bool = True
@@ -31,14 +35,12 @@ def load(
             what is unknown here.
     """
     check_file(path)
-    if path.endswith(".keras") and not zipfile.is_zipfile(path):
-        raise click.ClickException(
-            f"'{path}' is no Keras model. Expected a file that `model.save` wrote."
-        )
+    is_zip = path.endswith(".keras") and zipfile.is_zipfile(path)
+    if not is_zip and not path.endswith((".h5", ".hdf5")):
+        raise click.ClickException(f"'{path}' is no Keras model. {_EXPECTED}")
+    import_keras()
     modules = [import_module(name) for name in imports]
     import keras
-
-    import keras_mixprec  # noqa: F401  Converted models are of a class it registers.
 
     known = {k: v for module in modules for k, v in _custom_objects(module).items()}
     try:
@@ -47,13 +49,11 @@ def load(
         raise click.ClickException(_reason(path, str(error))) from error
 
 
-def check_file(path: str) -> None:
-    """Raise unless `path` is a file."""
+def check_file(path: str, expected: str = _EXPECTED) -> None:
+    """Raise unless `path` is a file; `expected` says which one is asked for."""
     if not pathlib.Path(path).is_file():
         what = "is a folder" if pathlib.Path(path).is_dir() else "does not exist"
-        raise click.ClickException(
-            f"'{path}' {what}. Expected a model file that `model.save` wrote."
-        )
+        raise click.ClickException(f"'{path}' {what}. {expected}")
 
 
 def import_module(name: str) -> ModuleType:
@@ -66,6 +66,11 @@ def import_module(name: str) -> ModuleType:
         sys.path.insert(0, str(pathlib.Path.cwd()))
     try:
         return importlib.import_module(name)
+    except SystemExit as error:
+        raise click.ClickException(
+            f"Importing '{name}' ended with exit status {error.code}: it runs as a "
+            "script. Put what it does as a script under `if __name__ == '__main__':`."
+        ) from error
     except ImportError as error:
         raise click.ClickException(
             f"Cannot import '{name}': {error}. Pass the name of a module in the "
@@ -92,6 +97,8 @@ def _reason(path, message):
     unknown = re.search(r"Could not locate (\w+) '([^']+)'", message)
     if unknown:
         return _unknown(path, *unknown.groups(), message)
+    if "No model config found" in message:
+        return f"'{path}' holds weights alone, not the model's layers. {_EXPECTED}"
     if "safe_mode" in message or "Lambda" in message:
         return (
             f"'{path}' holds Python code (a Lambda layer), which is not run in safe "

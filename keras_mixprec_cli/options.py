@@ -19,17 +19,19 @@ policy = click.option(
     type=click.Choice(POLICIES),
     default="mixed_float16",
     show_default=True,
-    help="Precision to compute in: float16 with loss scaling, bfloat16 without, which "
-    "has fewer digits and float32's range; weights stay float32. 'auto' chooses by the "
-    "hardware.",
+    help="What layers compute in; weights stay float32. mixed_float16: float16, with "
+    "loss scaling. mixed_bfloat16: bfloat16, which has float32's range, fewer digits, "
+    "and needs no loss scaling. float32: no half precision. auto: what the hardware "
+    "is fast in, as `keras-mixprec doctor` says.",
 )
 
 keep = click.option(
     "--keep",
     multiple=True,
     metavar="PATTERN",
-    help="Keep the layers whose path matches in float32, with all that is inside: "
-    "'encoder/*'. May be given several times. `keras-mixprec plan` shows the paths.",
+    help="Keep in float32 the layers whose path matches, and all layers inside them: "
+    "--keep 'encoder/*'. May be given several times. `keras-mixprec plan` shows the "
+    "paths.",
 )
 
 imports = click.option(

@@ -7,6 +7,7 @@ import pathlib
 import click
 
 from keras_mixprec_cli import options
+from keras_mixprec_cli.keras_import import import_keras
 from keras_mixprec_cli.output import console
 from keras_mixprec_cli.output import print_json
 from keras_mixprec_cli.output import table
@@ -35,10 +36,14 @@ def report(run, output, title, as_json) -> None:
     *.jsonl with one JSON object per epoch. Each file is a curve. Writes report.html,
     which needs nothing but a browser, and PNG pictures.
     """
-    if not pathlib.Path(run).is_dir():
+    path = pathlib.Path(run)
+    if not path.is_dir():
+        what = "is a file" if path.exists() else "does not exist"
+        hint = f": keras-mixprec report {path.parent}" if path.exists() else ""
         raise click.ClickException(
-            f"'{run}' is no folder. Expected the folder that CSVLogger wrote into."
+            f"'{run}' {what}. Expected the folder that CSVLogger wrote into{hint}."
         )
+    import_keras()
     from keras_mixprec.reporting.page import report as write_report
     from keras_mixprec.reporting.runs import read_runs
 

@@ -8,6 +8,11 @@ from processes import free_ports
 from processes import run
 
 BACKEND = keras.backend.backend()
+EXAMPLES = {
+    "tensorflow": "examples/tensorflow_workers.py",
+    "jax": "examples/jax_processes.py",
+    "torch": "examples/torch_ddp.py",
+}
 SCRIPTS = {
     "tensorflow": "tests/distributed/workers.py",
     "jax": "tests/distributed/jax_devices.py",
@@ -29,6 +34,17 @@ def job(number, *arguments, deadline=300):
 def run_job(number, *arguments, deadline=300):
     """Run the job to its end. Returns the output of each process."""
     return run(*_specification(number, arguments), deadline=deadline)
+
+
+def run_example(number, deadline=300):
+    """Run this backend's example at its small size. Returns each process's output."""
+    ports = free_ports(number)
+    each = [[] for _ in range(number)]
+    if BACKEND == "jax":
+        cluster = ["--coordinator", f"127.0.0.1:{ports[0]}", "--processes", number]
+        each = [[*cluster, "--index", i] for i in range(number)]
+    environments = [_environment(i, ports) for i in range(number)]
+    return run(EXAMPLES[BACKEND], each, environments, deadline)
 
 
 def _specification(number, arguments):

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pathlib
+import secrets
 import signal
 import socket
 import subprocess
@@ -12,6 +13,9 @@ import time
 
 TESTS = pathlib.Path(__file__).parent
 ROOT = TESTS.parent
+# Seconds for the others to end by themselves once one process has failed.
+GRACE = 20
+_RESERVED = []
 
 
 class Processes:
@@ -48,6 +52,8 @@ class Processes:
             "TF_CPP_MIN_LOG_LEVEL": "2",
             "OMP_NUM_THREADS": "1",
             "DEADLINE": str(self.deadline),
+            # Says where it stands when `_wait_for` aborts it.
+            "PYTHONFAULTHANDLER": "1",
         }
         return subprocess.Popen(
             [sys.executable, "-W", "ignore", self.script, *map(str, arguments)],
@@ -70,7 +76,25 @@ class Processes:
         try:
             return process.wait(max(self.ends - time.monotonic(), 0.1))
         except subprocess.TimeoutExpired:
+            # With a traceback of every thread, also of one that waits in an import.
+            process.send_signal(signal.SIGABRT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10)
             return None
+
+    def wait_unless_one_fails(self):
+        """Wait for all; once one has failed, `GRACE` seconds longer for the others.
+
+        Those that wait for it to join would do so for minutes, and say nothing.
+        """
+        while any(p.poll() is None for p in self.processes):
+            if any(p.poll() for p in self.processes):
+                self.ends = min(self.ends, time.monotonic() + GRACE)
+                break
+            if time.monotonic() > self.ends:
+                break
+            time.sleep(0.05)
+        return self.wait()
 
     def kill(self, index):
         """End one process as a machine that fails would: at once."""
@@ -97,7 +121,7 @@ def run(script, arguments, environments=None, deadline=120):
         AssertionError: If a process fails, or hangs past the deadline.
     """
     with Processes(script, arguments, environments, deadline) as job:
-        codes = job.wait()
+        codes = job.wait_unless_one_fails()
         outputs = [job.output(i) for i in range(len(codes))]
     failed = [
         f"process {i} ended with {code}:\n{outputs[i][-4000:]}"
@@ -109,11 +133,30 @@ def run(script, arguments, environments=None, deadline=120):
 
 
 def free_ports(number):
-    """Return ports of the loopback interface that nothing listens on."""
-    sockets = [socket.socket() for _ in range(number)]
-    for s in sockets:
-        s.bind(("127.0.0.1", 0))
-    ports = [s.getsockname()[1] for s in sockets]
-    for s in sockets:
-        s.close()
-    return ports
+    """Return ports of the loopback interface that nobody else gets until we end.
+
+    Two jobs on one port do not fail: gRPC shares it between them (SO_REUSEPORT), and
+    processes join the wrong job or wait for ever. So ports are not those that the
+    kernel gives to whoever asks for any, which are free again before a job listens.
+    """
+    found = []
+    while len(found) < number:
+        port = 10_000 + secrets.randbelow(_first_ephemeral_port() - 10_000)
+        with socket.socket() as tcp:
+            # The UDP port of the same number is the lock: it is in nobody's way.
+            udp = socket.socket(type=socket.SOCK_DGRAM)
+            try:
+                udp.bind(("127.0.0.1", port))
+                tcp.bind(("127.0.0.1", port))
+            except OSError:
+                udp.close()
+                continue
+        _RESERVED.append(udp)
+        found.append(port)
+    return found
+
+
+def _first_ephemeral_port():
+    path = pathlib.Path("/proc/sys/net/ipv4/ip_local_port_range")
+    first = int(path.read_text().split()[0]) if path.exists() else 32_768
+    return first if first > 11_000 else 32_768

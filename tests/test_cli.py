@@ -1,6 +1,8 @@
 """The command: what it prints, its JSON, its errors of one line, its exit status."""
 
 import json
+import os
+import pathlib
 import subprocess
 import sys
 
@@ -15,6 +17,8 @@ from keras_mixprec_cli import app
 from keras_mixprec_cli import options
 from keras_mixprec_cli import samples
 
+ROOT = str(pathlib.Path(__file__).parents[1])
+COMMAND = "import sys; from keras_mixprec_cli.app import main; sys.exit(main())"
 LAYERS = """
 import keras
 
@@ -107,6 +111,44 @@ def test_every_command_explains_itself_and_prints_json(run):
         assert undocumented == []
 
 
+def test_without_a_command_it_lists_them_in_the_order_of_use(run):
+    status, out, err = run()
+    assert (status, err) == (0, "")
+    names = [line.split()[0] for line in out.split("Commands:\n")[1].splitlines()]
+    assert names == list(app.cli.commands)
+    assert names[0] == "doctor"
+
+
+@pytest.mark.parametrize(
+    "backend, message",
+    [
+        ("foo", "Expected KERAS_BACKEND=tensorflow, jax or torch"),
+        ("jax", "is not inst"),
+    ],
+)
+def test_a_backend_that_is_not_there(folder, backend, message):
+    # `None` in `sys.modules`: as if it were not installed.
+    command = f"import sys; sys.modules['jax'] = None; {COMMAND}"
+    done = subprocess.run(
+        [sys.executable, "-c", command, "doctor", "--no-measure"],
+        env=os.environ | {"KERAS_BACKEND": backend, "PYTHONPATH": ROOT},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert message in done.stderr
+
+
+def test_nothing_but_the_result_is_written(saved):
+    done = subprocess.run(
+        [sys.executable, "-c", COMMAND, "plan", "m.keras"],
+        env=os.environ | {"PYTHONPATH": ROOT},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_policies_are_the_librarys():
     assert set(options.POLICIES) == {*POLICIES, "auto"}
 
@@ -128,6 +170,7 @@ def test_convert_keeps_weights_and_writes_policies(run, saved):
     status, out, _ = run("convert", "m.keras", "half.keras")
     assert status == 0
     assert "Wrote half.keras: 4 layers, 2 mixed_float16, 2 float32." in out
+    assert "must `import keras_mixprec` first" in out
     half = keras.saving.load_model("half.keras")
     assert half.get_layer("first").compute_dtype == "float16"
     assert isinstance(half.optimizer, mp.LossScaleOptimizer)
@@ -194,21 +237,34 @@ def test_python_code_in_a_file_is_not_run_unasked(run, folder):
         (["plan", "."], 1, "'.' is a folder"),
         (["plan", "bad.keras"], 1, "'bad.keras' is no Keras model"),
         (["plan", "m.keras", "--policy", "fp16"], 2, "'fp16' is not one of"),
-        (["plan", "m.keras", "--keep", "nah"], 1, "Received: 'nah'"),
+        (["plan", "m.weights.h5"], 1, "holds weights alone"),
+        (["plan", "cli_layers.py"], 1, "'cli_layers.py' is no Keras model"),
+        (["plan", "m.keras", "--keep", "nah"], 1, "entry of --keep to match"),
         (["plan", "m.keras", "--import", "no_such"], 1, "Cannot import 'no_such'"),
         (["plan"], 2, "Missing argument 'MODEL.keras'"),
         (["plam"], 2, "No such command 'plam'"),
+        (["plan", "m.keras", "too", "many"], 2, "arguments (too many). See"),
         (["convert", "m.keras", "out.h5"], 2, "Expected OUT.keras"),
+        (["convert", "m.keras", "no/out.keras"], 1, "its folder does not exist"),
+        (["convert", "m.keras", "o.keras", "--plan", "no.json"], 1, "plan MODEL.keras"),
+        (["convert", "m.keras", "o.keras", "--plan", "bad.json"], 1, "is no plan: "),
+        (["bench", "cli_layers.py"], 1, "is a script. Expected a model file"),
+        (["bench", "cli_script:model"], 1, "ended with exit status 3"),
         (["bench", "cli_layers:no"], 1, "has no function 'no'"),
         (["bench", "cli_layers:nothing"], 1, "Received: int"),
         (["bench", "m.keras", "--steps", "0"], 2, "0 is not in the range"),
-        (["report", "nowhere"], 1, "'nowhere' is no folder"),
+        (["report", "nowhere"], 1, "'nowhere' does not exist"),
+        (["report", "m.keras"], 1, "'m.keras' is a file"),
         (["report", "."], 1, "without any"),
         (["launch", "no.py"], 1, "'no.py' does not exist"),
+        (["launch", "m.keras"], 1, "'m.keras' is a model"),
     ],
 )
 def test_errors_take_one_line(run, saved, folder, words, status, message):
     (folder / "bad.keras").write_text("not a model")
+    (folder / "bad.json").write_text("{}")
+    (folder / "cli_script.py").write_text("import sys; sys.exit(3)")
+    saved.save_weights("m.weights.h5")
     found, out, err = run(*words)
     assert (found, out, err.count("\n")) == (status, "", 1)
     assert err.startswith("Error: ")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+from site_links import dead_links
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -84,6 +85,16 @@ def test_formulas_become_mathml_and_code_does_not():
     assert made.endswith("and $5")
 
 
+def test_a_dead_link_is_found(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there" / "index.html").write_text('<h1 id="a"></h1>')
+    links = ("there/", "there/#a", "there/#b", "gone/", "#", "#c", "https://x.org")
+    text = "".join(f'<a href="{link}"></a>' for link in links)
+    (tmp_path / "index.html").write_text(text)
+    found = dead_links(tmp_path.resolve())
+    assert found == [f"index.html: {link}" for link in ("#c", "gone/", "there/#b")]
+
+
 def test_every_tutorial_was_executed_and_is_small():
     nbformat = pytest.importorskip("nbformat")
     made = sorted(TUTORIALS.glob("*.ipynb"))
@@ -118,6 +129,7 @@ def test_site_builds(tmp_path):
     pytest.importorskip("mkdocs")
     hooks()
     run_python("-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site")
+    assert dead_links((tmp_path / "site").resolve()) == []
     index = (tmp_path / "site" / "index.html").read_text("utf-8")
     # The reader's browser asks nobody else.
     assert not re.search(r'(?:src|href)="https?://[^"]+\.(?:js|css)"', index)

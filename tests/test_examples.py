@@ -30,6 +30,7 @@ BACKENDS = {
     "loop_jax": ("jax",),
     "loop_torch": ("torch",),
     "loop_tensorflow": ("tensorflow",),
+    "multi_device": ("tensorflow", "jax"),
 }
 NEEDS = {"bert": "keras_hub"}
 # Two, with both cores to itself; the tests run two at a time.
@@ -50,11 +51,14 @@ def test_example_says_how_to_run_it_and_what_is_new(path):
     ]
     assert unmarked == []
     assert f"`{path.name}`" in (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    assert '"--full"' in text
 
 
 @pytest.mark.parametrize("name", PROCESSES)
 def test_example_of_several_processes_is_listed(name):
     assert f"`{name}.py`" in (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    text = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8")
+    assert '"--full"' in text or name == "chief"
 
 
 @pytest.mark.slow

@@ -40,7 +40,9 @@ summed over devices; per device too (`gpu_memory_mb_0`, ...) where there are sev
 
     Of several processes that train together each has the keys in its logs, so that
     callbacks decide alike: the first three are equal everywhere, memory is that of
-    the process's own devices. Only the chief (rank 0) says anything.
+    the process's own devices. Its sum over processes would take a collective, in
+    which a chief that is alone in having the callback would wait for ever. Only the
+    chief (rank 0) says anything.
 
     Example:
 

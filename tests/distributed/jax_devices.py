@@ -88,7 +88,9 @@ class Trainer:
 
 
 def join(port=0, processes=1, index=0):
-    start(f"127.0.0.1:{port}", int(processes), int(index), heartbeat=10)
+    where = f"127.0.0.1:{port}"
+    # Well within the deadline, so that JAX says itself who did not come.
+    start(where, int(processes), int(index), heartbeat=10, patience=100)
 
 
 def watched(folder, epochs, *cluster):

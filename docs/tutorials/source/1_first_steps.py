@@ -60,6 +60,10 @@ plt.show()
 #
 # ## Gradient descent through a small network, by hand
 #
+# Gradient descent subtracts from each weight its gradient times a rate $\eta$:
+#
+# $$w \leftarrow w - \eta \, \frac{\partial L}{\partial w}$$
+#
 # The textbook's network: 10 numbers, a hidden layer of 10 sigmoids, one of 5, one output.
 # With $a_0 = x$ and layers $z_l = a_{l-1} W_l + b_l$, $a_l = \sigma(z_l)$ and
 # $\sigma'(z) = \sigma(z)(1 - \sigma(z))$, the chain rule gives, from the last layer back,
@@ -125,9 +129,13 @@ for loss in ("mse", "binary_crossentropy"):
 # ## Why master weights
 #
 # An update is the gradient times the rate: often less than a thousandth of the weight.
-# Next to 1, float16's neighbours are 0.001 apart: a smaller update is rounded away, each
-# time. So the weights stay float32 ("master weights"), and layers use a half-precision
-# copy.
+# With $m = 10$ bits of fraction, neighbours of $w$ are at least $2^{-11} |w|$ apart, so
+# that an update is rounded away, each time, if it is smaller than half of that:
+#
+# $$\eta \left| \frac{\partial L}{\partial w} \right| < 2^{-12} \, |w|
+#   \quad \Rightarrow \quad w - \eta \frac{\partial L}{\partial w} = w$$
+#
+# So the weights stay float32 ("master weights"), and layers use a half-precision copy.
 
 # %%
 half, single = np.float16(1), np.float32(1)
@@ -136,6 +144,52 @@ for _ in range(1000):
     single = np.float32(single + np.float32(2e-4))
 print(f"1 + 1000 × 0.0002 is {half} in float16, {single:.4f} in float32")
 assert half == 1
+
+# %% [markdown]
+# The same in a training, by hand, with the gradients from above: forward and backward
+# pass in float16, the weights in float16 or in float32.
+
+
+# %%
+def cross_entropy(weights):
+    a = x
+    for kernel, bias in zip(weights[::2], weights[1::2], strict=True):
+        a = 1 / (1 + np.exp(-(a @ kernel + bias)))
+    return float(-np.mean(y * np.log(a) + (1 - y) * np.log(1 - a)))
+
+
+def descend(stored, computed, rate=0.1, steps=4000):
+    weights = [w.astype(stored) for w in start]
+    x_, y_ = x.astype(computed), y.astype(computed)
+    losses = []
+    for step in range(steps):
+        copy = [w.astype(computed) for w in weights]
+        found = gradients_by_hand(copy, x_, y_, "binary_crossentropy")
+        updates = [(rate * g).astype(stored) for g in found]
+        weights = [w - u for w, u in zip(weights, updates, strict=True)]
+        if step % 100 == 99:
+            losses.append(cross_entropy([w.astype("float32") for w in weights]))
+    return losses
+
+
+start = network().get_weights()
+figure, axes = plt.subplots(figsize=(8, 3))
+last = {}
+for stored, computed in (
+    ("float32", "float32"),
+    ("float32", "float16"),
+    ("float16", "float16"),
+):
+    losses = descend(stored, computed)
+    last[stored, computed] = losses[-1]
+    label = f"weights {stored}, passes {computed}"
+    axes.plot(range(100, 4001, 100), losses, label=label)
+    print(f"{label}: loss {losses[-1]:.4f}")
+axes.set(xlabel="step", ylabel="binary cross-entropy")
+axes.legend(fontsize=8)
+plt.show()
+whole, mixed, all_half = last.values()
+assert abs(mixed - whole) < 0.1 * whole < all_half - whole
 
 # %% [markdown]
 # ## Which step runs in which precision

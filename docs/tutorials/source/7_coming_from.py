@@ -1,10 +1,10 @@
 # %% [markdown]
-# # Coming from `torch.cuda.amp`, tf.keras or DeepSpeed
+# # Coming from torch.cuda.amp, tf.keras or DeepSpeed
 #
 # What each name there is here. The last part checks the claims that can be checked
 # without a GPU.
 #
-# ## From `torch.amp` (`torch.cuda.amp`)
+# ## From torch.amp (torch.cuda.amp)
 #
 # | torch | here |
 # |-|-|
@@ -22,7 +22,7 @@
 # | `scaler.state_dict()` | saved with the model |
 # | casts per operation | policies per layer, with a plan that can be read |
 #
-# ## From `tf.keras.mixed_precision`
+# ## From tf.keras.mixed_precision
 #
 # | tf.keras | here |
 # |-|-|
@@ -43,7 +43,7 @@
 # | `keras.optimizers.LossScaleOptimizer` | `mp.LossScaleOptimizer`, a subclass; reads its checkpoints |
 # | `scale_loss` | `scale_loss`; in a JAX loop `stateless_scale_loss` |
 #
-# ## From DeepSpeed's `fp16` section
+# ## From DeepSpeed's fp16 section
 #
 # | DeepSpeed | here |
 # |-|-|
