@@ -7,12 +7,14 @@ import keras
 
 from keras_mixprec import compile_hook
 from keras_mixprec import hardware
+from keras_mixprec.attribution import attribute
+from keras_mixprec.attribution import read_counters
 from keras_mixprec.backend import engine
 from keras_mixprec.callbacks.order import stand_first
-from keras_mixprec.diagnosis import describe_layers
-from keras_mixprec.diagnosis import overflowing_layers
+from keras_mixprec.diagnosis import describe
 from keras_mixprec.optimizer import LossScaleOptimizer
 from keras_mixprec.tensor_cores import tensor_core_advice
+from keras_mixprec.transaction import loss_scale_optimizers
 
 _logger = logging.getLogger("keras_mixprec")
 
@@ -82,7 +84,7 @@ summed over devices; per device too (`gpu_memory_mb_0`, ...) where there are sev
             )
         self._check_scaling()
         self._total_before = self._totals()
-        self._counts_before = self._counts() if self.verbose else {}
+        self._counts_before = self._counts()
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         """Start the epoch's memory peak and its counters anew."""
@@ -102,16 +104,11 @@ summed over devices; per device too (`gpu_memory_mb_0`, ...) where there are sev
         if not (self.verbose and any(skipped) and engine.is_chief(self.model)):
             return
         before, self._counts_before = self._counts_before, self._counts()
-        counts = {p: n - before.get(p, 0) for p, n in self._counts_before.items()}
-        layers = overflowing_layers(self.model, counts)
-        _logger.info("Epoch %d: %s", epoch + 1, describe_layers(layers, "this epoch"))
+        where = attribute(self.model, self._counts_before - before)
+        _logger.info("Epoch %d: %s", epoch + 1, describe(where, "this epoch"))
 
     def _counts(self):
-        counts = {}
-        for optimizer in self._optimizers().values():
-            if isinstance(optimizer, LossScaleOptimizer):
-                counts |= optimizer.overflow_counts
-        return counts
+        return read_counters(loss_scale_optimizers(self.model))
 
     def _advise(self, logs):
         advice = tensor_core_advice(self.model, logs)
