@@ -97,6 +97,11 @@ def _row(path, number, line):
     return [row]
 
 
+def plan_path(log: pathlib.Path) -> pathlib.Path:
+    """Return the file of the plan that belongs to a file of logs."""
+    return log.with_suffix(".plan.json")
+
+
 def _strict(value):
     try:
         value = float(value)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numbers
 import os
-import pathlib
 
 import keras
 
@@ -12,6 +11,7 @@ from keras_mixprec.attribution import Attribution
 from keras_mixprec.present import present_plan
 from keras_mixprec.present import present_policy
 from keras_mixprec.run_record import JsonLines
+from keras_mixprec.run_record import plan_path
 from keras_mixprec.tensorboard import Board
 
 
@@ -86,11 +86,6 @@ class Outputs:
         present_plan(model).to_json(part)
         part.replace(path)
         self._has_plan = True
-
-
-def plan_path(log: pathlib.Path) -> pathlib.Path:
-    """Return the file of the plan that belongs to a file of logs."""
-    return log.with_suffix(".plan.json")
 
 
 def batches_between(update_freq: int | str) -> int | None:

@@ -58,14 +58,20 @@ def style(theme: Theme) -> dict[str, Any]:
     }
 
 
-def finish(ax: Any, title: str) -> None:
-    """Give drawn axes their title, ticks and grid."""
+def finish(ax: Any, title: str, per_epoch: bool = True) -> None:
+    """Give drawn axes their title, ticks and grid.
+
+    Args:
+        ax: Matplotlib axes.
+        title: Their title.
+        per_epoch: Whether the epochs run from left to right; else counts of steps do.
+    """
     from matplotlib.ticker import MaxNLocator
 
     ax.set_title(title)
-    ax.set_xlabel("epoch")
+    ax.set_xlabel("epoch" if per_epoch else "steps")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    ax.grid(True, axis="y", linewidth=0.8)
+    ax.grid(True, axis="y" if per_epoch else "x", linewidth=0.8)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
     ax.tick_params(length=0)
