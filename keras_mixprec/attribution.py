@@ -81,9 +81,10 @@ class Attribution:
     def __add__(self, later: Attribution) -> Attribution:
         losses = [self.nonfinite_loss, later.nonfinite_loss]
         losses = [n for n in losses if n is not None]
+        order = _merge([*self.spread, *self.began], [*later.spread, *later.began])
         return Attribution(
-            _sum(self.began, later.began),
-            _sum(self.spread, later.spread),
+            _sum(self.began, later.began, order),
+            _sum(self.spread, later.spread, order),
             sum(losses) if losses else None,
         )
 
@@ -136,5 +137,18 @@ def loss_metrics(metrics: Iterable[keras.Metric]) -> list[keras.Metric]:
     return [m for m in metrics if m.name == "loss" or m.name.endswith("_loss")]
 
 
-def _sum(left, right):
-    return {k: left.get(k, 0) + right.get(k, 0) for k in [*left, *right]}
+def _merge(left, right):
+    """Return the entries of both, each once, in an order that is that of both."""
+    merged = list(dict.fromkeys(left))
+    place = len(merged)
+    for entry in reversed(list(dict.fromkeys(right))):
+        if entry in merged:
+            place = merged.index(entry)
+        else:
+            merged.insert(place, entry)
+    return merged
+
+
+def _sum(left, right, order):
+    found = {key: left.get(key, 0) + right.get(key, 0) for key in order}
+    return {key: n for key, n in found.items() if n}

@@ -185,10 +185,16 @@ def test_what_no_metric_tracks_is_not_known():
     assert "whether the loss itself was finite is not known" in describe(found[0])
 
 
-def test_several_times_add_up():
-    first = Attribution({"a": 1}, {"a": 1, "b": 2}, 0)
-    later = Attribution({"b": 2}, {"b": 2}, None)
-    assert first + later == Attribution({"a": 1, "b": 2}, {"a": 1, "b": 4}, 0)
+def test_several_times_add_up_and_stay_in_order():
+    first = Attribution({"b": 1}, {"b": 1, "d": 2}, 0)
+    later = Attribution({"a": 2, "c": 1}, {"a": 2, "c": 3, "d": 3}, None)
+    total = first + later
+    assert total == Attribution(
+        {"b": 1, "a": 2, "c": 1}, {"b": 1, "a": 2, "c": 3, "d": 5}, 0
+    )
+    # From the loss back: both say that "d" is last, none where "b" is.
+    assert list(total.spread) == ["b", "a", "c", "d"]
+    assert list((later + first).spread) == ["a", "c", "b", "d"]
 
 
 def test_in_words():

@@ -1,5 +1,6 @@
 """The chart of the layers in which overflows began."""
 
+import os
 from typing import Any
 
 from keras_mixprec.reporting.runs import Run
@@ -34,7 +35,7 @@ def draw(ax: Any, runs: list[Run], theme: Theme) -> None:
     ax.set_yticks(range(len(rows)), [name for name, _ in rows])
     ax.set_ylim(len(rows) - 0.4, -0.6)
     ax.margins(x=0.12)
-    legend(ax)
+    legend(ax, "right")
 
 
 def _steps(run):
@@ -48,14 +49,33 @@ def _rows(counts):
     paths = list(dict.fromkeys(path for steps in counts for path in steps))
     # The loss first, whichever run lost steps to it.
     paths.sort(key=lambda path: path != LOSS)
+    others = []
     if len(paths) > _ROWS:
         total = {p: sum(steps.get(p, 0) for steps in counts) for p in paths}
         kept = set(sorted(paths, key=total.get, reverse=True)[: _ROWS - 1])
         others = [p for p in paths if p not in kept]
         paths = [p for p in paths if p in kept]
-        return [*((_short(p), [p]) for p in paths), (f"{len(others)} others", others)]
-    return [(_short(path), [path]) for path in paths]
+    rows = [(name, [p]) for name, p in zip(_names(paths), paths, strict=True)]
+    return [*rows, (f"{len(others)} others", others)] if others else rows
+
+
+def _names(paths):
+    """Return what there is room for of each path: its end, or where it differs."""
+    ends = [_short(path) for path in paths]
+    names = []
+    for path, end in zip(paths, ends, strict=True):
+        alike = [p for p, other in zip(paths, ends, strict=True) if other == end]
+        names.append(end if len(alike) == 1 else _from_difference(path, alike))
+    return names
 
 
 def _short(path):
     return path if len(path) <= _LONGEST else f"…{path[1 - _LONGEST :]}"
+
+
+def _from_difference(path, alike):
+    common = os.path.commonprefix(alike)
+    # From the beginning of the word that differs.
+    start = max(common.rfind("/"), common.rfind("_", 0, -1)) + 1
+    name = f"{'…' if start else ''}{path[start:]}"
+    return name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…"

@@ -77,12 +77,18 @@ def finish(ax: Any, title: str, per_epoch: bool = True) -> None:
     ax.tick_params(length=0)
 
 
-def legend(ax: Any) -> None:
-    """Name what was drawn, below the axes, where it covers none of it."""
+def legend(ax: Any, side: str = "center") -> None:
+    """Name what was drawn, below the axes, where it covers none of it.
+
+    Args:
+        ax: Matplotlib axes.
+        side: `"center"`, or `"right"` for axes that long names push to the right.
+    """
     handles, labels = ax.get_legend_handles_labels()
     labels = [
         name if len(name) < _LONGEST else f"{name[:_LONGEST]}…" for name in labels
     ]
     columns = max(1, _LINE // (max(map(len, labels)) + 6))
-    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2)}
+    place = {"loc": f"upper {side}"}
+    place["bbox_to_anchor"] = (1.0 if side == "right" else 0.5, -0.2)
     ax.legend(handles, labels, ncols=min(columns, len(labels)), **place)

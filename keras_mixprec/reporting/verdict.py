@@ -83,7 +83,8 @@ def _judge_counts(run, counts, where):
         "good",
         f"{run.label}: {_steps(total)} overflowed and {_was(total)} skipped"
         f"{_of_all(run, counts, total)}, the last in epoch {max(epochs)}; {where}. "
-        "That is loss scaling at work: weights were never touched by these steps.",
+        "Weights were never touched by these steps"
+        f"{'' if run.all_overflows.nonfinite_loss else ': loss scaling at work'}.",
     )
 
 
@@ -96,9 +97,16 @@ def _judge_layers(run):
     where = run.all_overflows
     if not where.steps:
         return None
-    counts = run.matching("overflow_count")
-    level = "warning" if _late_share(run, counts) > _LARGEST_LATE_SHARE else "info"
+    lost = _late_share(run, run.matching("overflow_count")) > _LARGEST_LATE_SHARE
+    level = "warning" if lost or _lasting_nonfinite_loss(run) else "info"
     return Verdict(level, f"{run.label}: {describe(where, 'in this run')}")
+
+
+def _lasting_nonfinite_loss(run):
+    # No loss scale settles those: the same data come back in every epoch.
+    epochs = [e for values in run.logs.values() for e in values]
+    middle = (min(epochs) + max(epochs)) / 2
+    return any(w.nonfinite_loss and e > middle for e, w in run.overflows.items())
 
 
 def _judge_tensor_cores(run):
