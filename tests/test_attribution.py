@@ -78,13 +78,14 @@ class Scales(keras.callbacks.Callback):
         self.found.append(attribute(self.model, since))
 
 
-def train(model, scales, bad=(), batches=4):
+def train(model, scales, bad=(), batches=4, callbacks=()):
     """Train on batches of one, those in `bad` out of float16's range; one epoch each
     of the loss scales. Return what each epoch's overflows are attributed to."""
     x, y = np.ones((batches, 4), "float32"), np.ones((batches, 2), "float32")
     x[list(bad)] = 1e6
     callback = Scales(scales)
-    fit = {"batch_size": 1, "shuffle": False, "verbose": 0, "callbacks": [callback]}
+    fit = {"batch_size": 1, "shuffle": False, "verbose": 0}
+    fit["callbacks"] = [callback, *callbacks]
     with warnings.catch_warnings():
         # An epoch that was skipped whole warns by itself.
         warnings.filterwarnings("ignore", message="Epoch .* steps overflowed")
@@ -133,6 +134,17 @@ def test_one_bad_batch_in_a_hundred(batch):
     assert counts == {f"net/{n}/kernel": 1 for n in names} | {
         f"net/{n}/bias": 0 for n in names
     }
+
+
+def test_the_monitor_says_it(caplog):
+    caplog.set_level("INFO", logger="keras_mixprec")
+    model, monitor = model_with("float32"), mp.MixedPrecisionMonitor(verbose=1)
+    train(model, [LARGE], bad=[2], callbacks=[monitor])
+    (said,) = [r.getMessage() for r in caplog.records if "Epoch 1" in r.getMessage()]
+    assert said.startswith(
+        "Epoch 1: 4 steps overflowed this epoch; in 1 of them the loss"
+    )
+    assert said.endswith("nearest the loss first, in 'second' (3).")
 
 
 def test_gradients_that_underflow_are_no_overflow():

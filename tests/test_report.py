@@ -302,6 +302,13 @@ def test_where_overflows_began_is_drawn():
     assert [bar.get_width() for bar in axes.patches] == [2, 1, 4]
 
 
+def test_the_loss_is_the_first_row_whichever_run_lost_steps_to_it():
+    runs = [blamed(head=1), blamed(nonfinite_loss=1, trunk=1)]
+    labels = drawn(runs)["overflow_layers"].get_yticklabels()
+    names = [label.get_text() for label in labels]
+    assert names == ["the loss itself", "head", "trunk"]
+
+
 def test_many_layers_and_runs_are_drawn():
     deep = {f"encoder_layer_{i}/self_attention/queries": i + 1 for i in range(20)}
     runs = [blamed(nonfinite_loss=1, **deep), blamed(head=30), run(**SCALED)]
