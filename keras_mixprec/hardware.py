@@ -69,6 +69,25 @@ def host_memory() -> float:
     return psutil.Process().memory_info().rss / _MIB
 
 
+def memory_logs() -> dict[str, float]:
+    """Return memory in MiB: `gpu_memory_mb` and `gpu_memory_peak_mb`.
+
+    Summed over devices; of each too (`gpu_memory_mb_0`, ...) where there are several.
+    `host_memory_mb` instead where there is no accelerator.
+    """
+    devices = gpu_memory()
+    if not devices:
+        return {"host_memory_mb": host_memory()}
+    logs = {
+        "gpu_memory_mb": sum(used for used, _ in devices.values()),
+        "gpu_memory_peak_mb": sum(peak for _, peak in devices.values()),
+    }
+    if len(devices) > 1:
+        for i, (used, peak) in enumerate(devices.values()):
+            logs |= {f"gpu_memory_mb_{i}": used, f"gpu_memory_peak_mb_{i}": peak}
+    return logs
+
+
 def reset_peak_memory() -> bool:
     """Start the memory peak anew. Returns whether the backend can."""
     return engine.reset_peak_memory()

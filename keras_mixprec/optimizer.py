@@ -122,7 +122,11 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         )
         self.overflow_counter = self._add_counter("overflow_count")
         self.consecutive_counter = self._add_counter("consecutive_overflows")
-        self.variable_counters = self._add_counter("overflow_counts", (len(var_list),))
+        # Of each variable: steps in which its gradient overflowed; those of them in
+        # which no variable nearer the loss did, while the loss was finite, and while
+        # it was not.
+        shape = (3, len(var_list))
+        self.variable_counters = self._add_counter("overflow_counts", shape)
         if self._load_when_built is not None:
             load, self._load_when_built = self._load_when_built, None
             load()
@@ -170,12 +174,14 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
 
     @property
     def overflow_counts(self) -> dict[str, int]:
-        """Variable path -> steps in which its gradient overflowed. Reads the device."""
+        """Variable path -> steps in which its gradient overflowed. Reads the device.
+
+        Of several variables with the same path the second is `path#2`.
+        """
         if not self.built:
             return {}
-        counts = self._read("variable_counters").tolist()
-        paths = [_path(v) for v in self._trainable_variables]
-        return dict(zip(paths, counts, strict=True))
+        counts = self._read("variable_counters")[0].tolist()
+        return dict(zip(_paths(self._trainable_variables), counts, strict=True))
 
     def _scale(self):
         scale = self.dynamic_scale if self.built else self.initial_scale
@@ -342,12 +348,18 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             self.consecutive_counter,
         )
         overflowed = ops.cast(ops.greater(flags, 0), self.variable_counters.dtype)
+        overflowed = self._by_variable(overflowed, variables)
+        n = len(self._trainable_variables)
+        places = ops.arange(1, n + 1, dtype=overflowed.dtype)
+        # Backward, the last variable is the first that an overflow can reach.
+        first = ops.max(overflowed * places)
         values = LossScaleState(*(ops.convert_to_tensor(v) for v in old))
-        new = next_state(values, ops.logical_not(ops.any(overflowed > 0)), self.rule)
+        new = next_state(values, ops.equal(first, 0), self.rule)
         for variable, value in zip(old, new, strict=True):
             variable.assign(ops.cast(value, variable.dtype))
-        counts = ops.convert_to_tensor(self.variable_counters)
-        self.variable_counters.assign(counts + self._by_variable(overflowed, variables))
+        began = ops.cast(ops.equal(places, first), overflowed.dtype)
+        step = ops.stack([overflowed, began, ops.zeros_like(began)])
+        self.variable_counters.assign(ops.add(self.variable_counters, step))
 
     def _by_variable(self, flags, variables):
         own = self._trainable_variables
@@ -520,3 +532,13 @@ def _widen(loss):
 
 def _path(variable):
     return getattr(variable, "path", None) or variable.name
+
+
+def _paths(variables):
+    # Names are unique only within one layer; as in a plan, the second gets a number.
+    seen: dict[str, int] = {}
+    paths = []
+    for path in map(_path, variables):
+        seen[path] = seen.get(path, 0) + 1
+        paths.append(path if seen[path] == 1 else f"{path}#{seen[path]}")
+    return paths

@@ -177,14 +177,17 @@ class RangeReport:
 
         Args:
             log_dir: Folder of the run. The step is the number of the frame.
-        """
-        import tensorflow as tf
 
-        with tf.summary.create_file_writer(str(log_dir)).as_default():
-            for kind in KINDS:
-                for step, values in enumerate(self.log2_ranges(kind)):
-                    name = f"mixed_precision/log2_max_abs/{kind}"
-                    tf.summary.histogram(name, values, step=step)
+        Raises:
+            ImportError: If the `tensorboard` extra is not installed.
+        """
+        from keras_mixprec.tensorboard import Board
+
+        board = Board(log_dir)
+        for kind in KINDS:
+            for step, values in enumerate(self.log2_ranges(kind)):
+                board.histogram(f"log2_max_abs/{kind}", values, step)
+        board.close()
 
     def heat_map(self, path: str | pathlib.Path, kind: str = "activation") -> None:
         """Draw layers x frames as a PNG: log2 of max abs in float16's range.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import keras
 
 # Percent. A float32 matrix product on an H100 reads 3.7, a float16 one 57.
-_IDLE_TENSOR_CORES = 5.0
+IDLE_TENSOR_CORES = 5.0
 _IDLE_GPU = 40.0
 # Of 16-bit numbers: 16 bytes (NVIDIA, "Matrix Multiplication Background User's
 # Guide", "Requirements to Use Tensor Cores").
@@ -20,7 +20,7 @@ def tensor_core_advice(model: keras.Model, logs: dict[str, float]) -> str | None
         logs: The logs of an epoch, with `tensor_core_util` and `gpu_util` in percent.
     """
     share = logs.get("tensor_core_util")
-    if share is None or share >= _IDLE_TENSOR_CORES or not _computes_in_half(model):
+    if share is None or share >= IDLE_TENSOR_CORES or not _computes_in_half(model):
         return None
     return (
         f"Tensor cores were busy {share:.1f}% of the epoch although "

@@ -18,6 +18,7 @@ from typing import Any
 import keras
 
 from keras_mixprec import compile_hook
+from keras_mixprec.attribution import loss_metrics
 from keras_mixprec.backend import engine
 from keras_mixprec.optimizer import LossScaleOptimizer
 
@@ -62,6 +63,15 @@ class Transaction:
             for v in layer._trainable_variables
         }
         return [v for v in self.model.non_trainable_weights if id(v) not in frozen]
+
+    def loss_variables(self) -> list:
+        """What is not finite after a step whose loss was not: state of loss metrics."""
+        return [
+            v
+            for metric in loss_metrics(self._state[1] or self.model.metrics)
+            for v in metric.variables
+            if keras.backend.is_float_dtype(v.dtype)
+        ]
 
     @contextlib.contextmanager
     def requires_scaled_loss(self) -> Iterator[None]:

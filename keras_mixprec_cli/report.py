@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 
 import click
@@ -30,11 +31,12 @@ _SHOWN = ("loss", "val_loss", "loss_scale", "overflow_total", "gpu_memory_peak_m
 )
 @options.as_json
 def report(run, output, title, as_json) -> None:
-    """Draw loss, loss scale, overflows and memory of a run.
+    """Draw what half precision did to a run, and say what it means.
 
     RUN is a folder with logs: *.csv as `keras.callbacks.CSVLogger` writes them, or
-    *.jsonl with one JSON object per epoch. Each file is a curve. Writes report.html,
-    which needs nothing but a browser, and PNG pictures.
+    *.jsonl with one JSON object per epoch, as `MixedPrecisionMonitor(json_lines=...)`
+    does, with the plan beside it in *.plan.json. Each file is a curve. Writes
+    report.html, which needs nothing but a browser, and PNG pictures.
     """
     path = pathlib.Path(run)
     if not path.is_dir():
@@ -46,11 +48,15 @@ def report(run, output, title, as_json) -> None:
     import_keras()
     from keras_mixprec.reporting.page import report as write_report
     from keras_mixprec.reporting.runs import read_runs
+    from keras_mixprec.reporting.verdict import judge
 
     page = write_report(run, output, title)
-    runs = {r.label: {key: r.last(key) for key in r.logs} for r in read_runs(run)}
+    read = read_runs(run)
+    runs = {r.label: {key: r.last(key) for key in r.logs} for r in read}
+    verdicts = judge(read)
     if as_json:
-        print_json({"page": str(page), "runs": runs})
+        said = [dataclasses.asdict(verdict) for verdict in verdicts]
+        print_json({"page": str(page), "runs": runs, "verdicts": said})
         return
     keys = [key for key in _SHOWN if any(key in logs for logs in runs.values())]
     rows = [
@@ -58,6 +64,8 @@ def report(run, output, title, as_json) -> None:
     ]
     columns = {"run": "left"} | dict.fromkeys(keys, "right")
     console().print(table("Last epoch", columns, rows))
+    for verdict in verdicts:
+        console().print(f"{verdict.level}: {verdict.text}", markup=False)
     console().print(f"Wrote {page}", markup=False)
 
 

@@ -122,7 +122,15 @@ def test_counts_land_on_the_right_variable_of_a_subset():
     optimizer.build(weights)
     optimizer.apply(tensors([np.inf], [1.0, 1.0]), [weights[2], weights[1]])
     counts = ops.convert_to_numpy(optimizer.variable_counters).tolist()
-    assert counts == [0, 0, 1]
+    assert counts == [[0, 0, 1], [0, 0, 1], [0, 0, 0]]
+
+
+def test_variables_that_share_a_path_are_counted_apart():
+    optimizer = mp.LossScaleOptimizer("sgd")
+    weights = [keras.Variable([1.0], name="kernel") for _ in range(3)]
+    for bad in ([0, 1, 0], [0, 1, 1]):
+        scaled_step(optimizer, [[np.nan] if b else [1.0] for b in bad], weights)
+    assert optimizer.overflow_counts == {"kernel": 0, "kernel#2": 2, "kernel#3": 1}
 
 
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")

@@ -13,6 +13,9 @@ import numpy as np
 import pytest
 
 import keras_mixprec as mp
+from keras_mixprec.attribution import Attribution
+from keras_mixprec.precision_plan import LayerPlan
+from keras_mixprec.precision_plan import PrecisionPlan
 from keras_mixprec.reporting.charts import charts
 from keras_mixprec.reporting.page import report
 from keras_mixprec.reporting.runs import Run
@@ -121,6 +124,57 @@ def test_a_folder_without_logs_raises(tmp_path):
         read_runs(tmp_path / "absent")
 
 
+def trained(tmp_path=None, scale=4.0, bad=()):
+    """A model of two layers, trained for two epochs of three steps."""
+    dense = keras.layers.Dense
+    with mp.policy_scope("mixed_float16"):
+        layers = [dense(2, name="first"), dense(1, name="last")]
+        model = keras.Sequential([keras.Input((2,)), *layers])
+    model.compile(mp.LossScaleOptimizer(keras.optimizers.SGD(0.0), scale), "mse")
+    path = tmp_path and tmp_path / "half.jsonl"
+    x = np.ones((6, 2), "float32")
+    x[list(bad)] = 1e6
+    monitor = mp.MixedPrecisionMonitor(json_lines=path)
+    fit = {"batch_size": 2, "epochs": 2, "shuffle": False, "verbose": 0}
+    return model.fit(x, np.zeros((6, 1)), callbacks=[monitor], **fit)
+
+
+def test_a_history_brings_its_plan_and_where_overflows_began():
+    (read,) = read_runs(trained(bad=[2]))
+    assert {row.path: row.policy for row in read.plan}["first"] == "mixed_float16"
+    assert [(e, w.nonfinite_loss) for e, w in read.overflows.items()] == [
+        (1, 1),
+        (2, 1),
+    ]
+    assert read.all_overflows.steps == 2
+
+
+def test_a_folder_brings_the_same(tmp_path):
+    history = trained(tmp_path, bad=[2])
+    (read,), (expected,) = read_runs(tmp_path), read_runs(history)
+    assert read.overflows == expected.overflows
+    assert read.plan == expected.plan
+    for key, values in expected.logs.items():
+        assert read.logs[key] == pytest.approx(values), key
+
+
+def test_of_an_epoch_run_again_the_last_attempt_counts(tmp_path):
+    where = {"began": {"a": 1}, "spread": {"a": 1}, "nonfinite_loss": 0}
+    rows = [{"epoch": e, "loss": 1.0, "overflows": where} for e in (0, 1)]
+    rows.append({"epoch": 1, "loss": "NaN"})
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (read,) = read_runs(tmp_path)
+    assert list(read.overflows) == [1]
+    assert math.isnan(read.last("loss"))
+
+
+def test_a_float32_model_has_no_plan_to_show():
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    (read,) = read_runs(model.fit(np.zeros((2, 2)), np.zeros((2, 1)), verbose=0))
+    assert read.plan is None
+
+
 # -- what is said ---------------------------------------------------------------------
 
 
@@ -178,7 +232,98 @@ def test_runs_are_compared_by_validation_accuracy():
     assert judge(far)[0].level == "warning"
 
 
+def blamed(nonfinite_loss=0, epoch=1, **began):
+    """The sound run, its overflows put down to layers or to the loss."""
+    where = Attribution(began, began, nonfinite_loss)
+    logs = {k: dict(enumerate(v, 1)) for k, v in SCALED.items()}
+    return Run("run", logs, 50, {epoch: where})
+
+
+def test_the_layer_is_named():
+    good, info = judge([blamed(head=1, trunk=2)])
+    assert (good.level, info.level) == ("good", "info")
+    assert "loss scaling at work" in good.text
+    assert "the loss itself was finite" in info.text
+    assert "nearest the loss first, in 'head' (1), 'trunk' (2)" in info.text
+
+
+@pytest.mark.parametrize(("epoch", "level"), [(2, "info"), (3, "warning")])
+def test_a_loss_that_is_not_finite_is_no_loss_scaling_at_work(epoch, level):
+    good, said = judge([blamed(nonfinite_loss=3, epoch=epoch)])
+    assert "loss scaling at work" not in good.text
+    # Early it may be a bad start; what is still there later stays.
+    assert said.level == level
+    assert "in all of them the loss itself was not finite" in said.text
+
+
+def test_lost_steps_come_with_a_remedy():
+    logs = {"loss_scale": {1: 8.0, 2: 8.0}, "overflow_count": {1: 0, 2: 3}}
+    where = {2: Attribution({"trunk": 2, "stem": 1}, {}, 0)}
+    lost, said = judge([Run("run", logs, 10, where)])
+    assert lost.level == said.level == "warning"
+    assert "keep_float32=['trunk']" in lost.text
+
+
+def test_memory_against_the_float32_run():
+    def peak(label, *values, **logs):
+        return run(label, gpu_memory_peak_mb=list(values), **logs)
+
+    full = peak("float32", 1000.0, 900.0)
+    half = peak("half", 700.0, 710.0, loss_scale=[8.0, 8.0])
+    brain = peak("mixed_bfloat16", 1200.0)
+    (said, *_) = judge([half, full])
+    assert said.level == "good"
+    assert said.text == "Peak GPU memory: float32 1,000 MiB, half 710 MiB (-29%)."
+    (said, *_) = judge([half, full, brain])
+    assert said.level == "info"
+    assert "mixed_bfloat16 1,200 MiB (+20%)" in said.text
+    # Which of them is the float32 run, if any, nobody can tell.
+    for unknown in ([half, brain], [half, peak("a", 1.0), peak("b", 1.0)], [full]):
+        assert not any("Peak" in verdict.text for verdict in judge(unknown))
+
+
+@pytest.mark.parametrize(("share", "level"), [(57.0, "good"), (3.7, "warning")])
+def test_tensor_cores_of_a_run_in_half_precision(share, level):
+    logs = {"loss": {1: 1.0}, "tensor_core_util": {1: share}}
+    half = Run("half", logs, plan=PrecisionPlan("mixed_float16", []))
+    said = judge([half])[-1]
+    assert said.level == level
+    assert f"busy {share:.0f}%" in said.text
+    assert len(judge([Run("full", logs)])) == 1
+
+
 # -- what is drawn --------------------------------------------------------------------
+
+
+def test_where_overflows_began_is_drawn():
+    axes = drawn([blamed(nonfinite_loss=2, head=1, trunk=4)])["overflow_layers"]
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names == ["the loss itself", "head", "trunk"]
+    assert [bar.get_width() for bar in axes.patches] == [2, 1, 4]
+
+
+def test_the_loss_is_the_first_row_whichever_run_lost_steps_to_it():
+    runs = [blamed(head=1), blamed(nonfinite_loss=1, trunk=1)]
+    labels = drawn(runs)["overflow_layers"].get_yticklabels()
+    names = [label.get_text() for label in labels]
+    assert names == ["the loss itself", "head", "trunk"]
+
+
+def test_many_layers_and_runs_are_drawn():
+    deep = {f"encoder_layer_{i}/self_attention/queries": i + 1 for i in range(20)}
+    runs = [blamed(nonfinite_loss=1, **deep), blamed(head=30), run(**SCALED)]
+    axes = drawn(runs)["overflow_layers"]
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names[-1] == "15 others" and "head" in names
+    assert "…19/self_attention/queries" in names
+    assert len(names) == len(set(names)) == 8
+    widths = [bar.get_width() for bar in axes.patches]
+    assert sum(widths) == 1 + sum(deep.values()) + 30
+
+
+def test_tensor_cores_are_drawn_where_they_were_logged():
+    axes = drawn([run(tensor_core_util=[50.0], gpu_util=[90.0])])["tensor_cores"]
+    assert [list(line.get_ydata()) for line in axes.lines] == [[50], [90]]
 
 
 def test_charts_only_of_what_was_logged():
@@ -238,6 +383,21 @@ def test_the_page_loads_nothing(tmp_path):
     assert not re.search(r"@import|url\(|<script", text)
     assert "<title>T &amp; U</title>" in text
     assert "prefers-color-scheme: dark" in text
+
+
+@pytest.mark.parametrize("layers", [2, 40])
+def test_the_plan_is_a_table(tmp_path, layers):
+    rows = [
+        LayerPlan(f"layer_{i}", "Dense", "mixed_float16", "<because>")
+        for i in range(layers)
+    ]
+    PrecisionPlan("mixed_float16", rows).to_json(tmp_path / "a.plan.json")
+    (tmp_path / "a.jsonl").write_text('{"epoch": 0, "loss": 1.0}')
+    text = report(tmp_path).read_text()
+    assert text.count("<td>mixed_float16</td><td>&lt;because&gt;</td>") == layers
+    assert f"{layers} layers: {layers} mixed_float16" in text
+    # A long one is folded up.
+    assert ('<details class="table plan" open>' in text) == (layers == 2)
 
 
 def test_files(tmp_path):

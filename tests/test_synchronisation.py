@@ -80,10 +80,10 @@ def count(model, steps, callbacks, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:Epoch")
-def test_a_step_costs_no_transfer_that_keras_does_not_make(monkeypatch):
+def test_a_step_costs_no_transfer_that_keras_does_not_make(monkeypatch, tmp_path):
     plain, ours = compiled(classifier()), half_classifier()
     without = [count(plain, steps, [], monkeypatch) for steps in (4, 12)]
-    monitor = [mp.MixedPrecisionMonitor()]
+    monitor = [mp.MixedPrecisionMonitor(verbose=1, json_lines=tmp_path / "log.jsonl")]
     with_ours = [count(ours, steps, monitor, monkeypatch) for steps in (4, 12)]
     # What remains per epoch is the monitor's reading, whatever the number of steps.
     assert with_ours[1] - with_ours[0] == without[1] - without[0]

@@ -6,6 +6,7 @@ import keras
 
 from keras_mixprec.backend import LARGEST_NORM
 from keras_mixprec.backend import LARGEST_SCALED_NORM
+from keras_mixprec.backend.blame import blame_loss
 from keras_mixprec.backend.shapes import group_by_shape
 from keras_mixprec.backend.shapes import order
 
@@ -67,8 +68,16 @@ def wrap_train_step(transaction):
             return transaction.train_step(state, data)
         with transaction.requires_scaled_loss():
             logs, new = transaction.train_step(state, data)
-        skipped = _overflow_count(model, state) != _overflow_count(model, new)
-        new = _roll_back(transaction, skipped, state, new)
+        index = _index(model.optimizer.variables, model.optimizer.variable_counters)
+        before, after = state[2][index], new[2][index]
+        losses = [
+            new[3][_index(model.metrics_variables, v)]
+            for v in transaction.loss_variables()
+        ]
+        optimizer = list(new[2])
+        optimizer[index] = blame_loss(losses, before, after)
+        new = (new[0], new[1], optimizer, new[3])
+        new = _roll_back(transaction, jnp.any(before != after), state, new)
         mapping = list(zip(model.metrics_variables, new[3], strict=True))
         with keras.StatelessScope(state_mapping=mapping):
             return transaction.logs(logs), new
@@ -76,10 +85,8 @@ def wrap_train_step(transaction):
     return step
 
 
-def _overflow_count(model, state):
-    counter = model.optimizer.overflow_counter
-    index = [v is counter for v in model.optimizer.variables].index(True)
-    return state[2][index]
+def _index(variables, variable):
+    return [v is variable for v in variables].index(True)
 
 
 def _roll_back(transaction, skipped, old_state, new_state):
@@ -103,6 +110,11 @@ def _roll_back(transaction, skipped, old_state, new_state):
 
 def _choose(skipped, old, new):
     return new if new is old else jnp.where(skipped, old, new)
+
+
+def sees_whole_loss(model):
+    # That of a sharded batch is a global array.
+    return True
 
 
 def is_chief(model):

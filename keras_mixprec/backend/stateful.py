@@ -4,8 +4,10 @@ import functools
 
 from keras import ops
 
+from keras_mixprec.backend.blame import blame_loss
 
-def wrap_train_step(transaction, read, restore_if):
+
+def wrap_train_step(transaction, read, restore_if, sees_whole_loss):
     """Return the train step with everything but the seeds rolled back on overflow.
 
     Args:
@@ -14,6 +16,8 @@ def wrap_train_step(transaction, read, restore_if):
             alone.
         restore_if: Callable `(skipped, variables, saved)`, assigns the saved values
             back where `skipped` is true.
+        sees_whole_loss: Callable `(model)`, whether the loss that this step sees is
+            that of all replicas.
     """
 
     def step(data):
@@ -22,21 +26,29 @@ def wrap_train_step(transaction, read, restore_if):
             return transaction.train_step(data)
         variables = transaction.state()
         saved = read(variables)
-        before = {id(o): _count(o) for o in optimizers}
+        before = {id(o): _counters(o) for o in optimizers}
         with transaction.requires_scaled_loss():
             logs = transaction.train_step(data)
-        changed = [
-            ops.not_equal(_count(o), before[id(o)]) for o in optimizers if o.built
-        ]
-        if not changed:
+        built = [o for o in optimizers if o.built]
+        if not built:
             return logs
+        changed = [
+            ops.any(ops.not_equal(o.variable_counters, before[id(o)])) for o in built
+        ]
+        if sees_whole_loss(transaction.model):
+            # Before the losses are rolled back, and with them what they were.
+            losses = [v.value for v in transaction.loss_variables()]
+            for o in built:
+                o.variable_counters.assign(
+                    blame_loss(losses, before[id(o)], o.variable_counters.value)
+                )
         restore_if(functools.reduce(ops.logical_or, changed), variables, saved)
         return transaction.logs(logs)
 
     return step
 
 
-def _count(optimizer):
+def _counters(optimizer):
     # A sum, because a later assignment would show in the variable's own tensor. An
     # optimizer that nobody has used yet has skipped nothing.
-    return ops.add(optimizer.overflow_counter, 0) if optimizer.built else 0
+    return ops.add(optimizer.variable_counters, 0) if optimizer.built else 0

@@ -163,7 +163,7 @@ def wrap_train_step(transaction):
         restore = restore_by_select if select else restore_by_cond
         restore(skipped, variables, saved)
 
-    step = stateful.wrap_train_step(transaction, read, restore_if)
+    step = stateful.wrap_train_step(transaction, read, restore_if, sees_whole_loss)
 
     def compiled_step(data):
         _require_no_xla_over_replicas(model)
@@ -184,6 +184,11 @@ def _require_no_xla_over_replicas(model):
             "`compile`, or compile what each replica runs in a loop of your own: "
             "`strategy.run(tf.function(step, jit_compile=True))`."
         )
+
+
+def sees_whole_loss(model):
+    # Each replica has the loss of its own share of the batch.
+    return model.distribute_strategy.num_replicas_in_sync == 1
 
 
 def is_chief(model):

@@ -124,13 +124,21 @@ def _restore_if(skipped, variables, saved):
 
 
 def wrap_train_step(transaction):
-    return stateful.wrap_train_step(transaction, read, _restore_if)
+    return stateful.wrap_train_step(transaction, read, _restore_if, sees_whole_loss)
+
+
+def _in_group():
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized()
+
+
+def sees_whole_loss(model):
+    # Each process has the loss of its own share of the batch.
+    return not _in_group() or torch.distributed.get_world_size() == 1
 
 
 def is_chief(model):
-    distributed = torch.distributed
-    joined = distributed.is_available() and distributed.is_initialized()
-    return not joined or distributed.get_rank() == 0
+    return not _in_group() or torch.distributed.get_rank() == 0
 
 
 @torch.enable_grad()

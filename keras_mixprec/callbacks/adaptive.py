@@ -9,10 +9,12 @@ import os
 
 import keras
 
+from keras_mixprec.attribution import OverflowCounters
+from keras_mixprec.attribution import attribute
+from keras_mixprec.attribution import read_counters
 from keras_mixprec.callbacks.inspector import OverflowInspector
 from keras_mixprec.callbacks.order import stand_first
 from keras_mixprec.convert import convert
-from keras_mixprec.diagnosis import overflowing_layers
 from keras_mixprec.hardware import has_bfloat16
 from keras_mixprec.hysteresis import Hysteresis
 from keras_mixprec.hysteresis import HysteresisRule
@@ -86,7 +88,7 @@ class AdaptivePrecision(keras.callbacks.Callback):
         self._rule = HysteresisRule(int(patience), int(calm_epochs), headroom)
         self._hysteresis = Hysteresis(self._rule)
         self._scout = _Scout()
-        self._counts_before: dict[str, int] = {}
+        self._counters_before = OverflowCounters({})
         self._steps_before = (0, 0)
 
     def set_params(self, params: dict) -> None:
@@ -109,7 +111,7 @@ class AdaptivePrecision(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         """Note where the optimizers' counters stand."""
         self._scout.on_epoch_begin(epoch, logs)
-        self._counts_before, self._steps_before = self._counts(), self._steps()
+        self._counters_before, self._steps_before = self._counters(), self._steps()
 
     def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
         """Have the coming batch measured, or not."""
@@ -167,16 +169,12 @@ class AdaptivePrecision(keras.callbacks.Callback):
             return None
         if not any(frame.overflowed for frame in frames):
             return ""  # Somewhere, in a batch that was not looked at.
-        now = self._counts()
-        since = {p: n - self._counts_before.get(p, 0) for p, n in now.items()}
-        nearest = overflowing_layers(self.model, since)
+        since = self._counters() - self._counters_before
+        nearest = attribute(self.model, since).spread
         return next((path for path in nearest if path in half), "")
 
-    def _counts(self):
-        counts: dict[str, int] = {}
-        for optimizer in loss_scale_optimizers(self.model):
-            counts |= optimizer.overflow_counts
-        return counts
+    def _counters(self):
+        return read_counters(loss_scale_optimizers(self.model))
 
     def _steps(self):
         optimizers = [o for o in loss_scale_optimizers(self.model) if o.built]

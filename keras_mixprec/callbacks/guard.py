@@ -9,8 +9,9 @@ from typing import Any
 
 import keras
 
-from keras_mixprec.diagnosis import describe_layers
-from keras_mixprec.diagnosis import overflowing_layers
+from keras_mixprec.attribution import attribute
+from keras_mixprec.attribution import read_counters
+from keras_mixprec.diagnosis import describe
 from keras_mixprec.diagnosis import remedies_for_falling
 from keras_mixprec.diagnosis import remedies_for_thrashing
 from keras_mixprec.optimizer import LossScaleOptimizer
@@ -134,7 +135,7 @@ class _Watch:
 
     def __init__(self, guard, model, optimizer):
         self.guard, self.model, self.optimizer = guard, model, optimizer
-        self._counts_at_begin = optimizer.overflow_counts
+        self._counters_at_begin = read_counters([optimizer])
         self._last = self._anchor = _read(optimizer)
         self._warned = set()
 
@@ -173,16 +174,16 @@ class _Watch:
             self._report(
                 "thrashing",
                 what,
-                lambda layers: remedies_for_thrashing(layers, rule, now.scale),
+                lambda where: remedies_for_thrashing(where, rule, now.scale),
             )
 
     def _report(self, kind, what, remedies):
-        layers = self._layers()
-        first, second, third = remedies(layers)
+        attribution = self._attribution()
+        first, second, third = remedies(attribution)
         text = (
             f"Model '{self.model.name}', optimizer '{self.optimizer.name}': {what}. "
             f"The loss scale is {self._last.scale:g}; {self._last.skipped} steps "
-            f"were skipped so far. {describe_layers(layers)} "
+            f"were skipped so far. {describe(attribution)} "
             f"Likeliest remedies: (1) {first} (2) {second} (3) {third}"
         )
         if self.guard.on_violation == "stop":
@@ -191,10 +192,9 @@ class _Watch:
             self._warned.add(kind)
             warnings.warn(text, stacklevel=2)
 
-    def _layers(self):
-        before, counts = self._counts_at_begin, self.optimizer.overflow_counts
-        since = {path: n - before.get(path, 0) for path, n in counts.items()}
-        return overflowing_layers(self.model, since)
+    def _attribution(self):
+        since = read_counters([self.optimizer]) - self._counters_at_begin
+        return attribute(self.model, since)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,28 +1,35 @@
 """`MixedPrecisionMonitor`: loss scale, overflows and memory in every epoch's logs."""
 
 import logging
+import os
 from typing import Any
 
 import keras
 
 from keras_mixprec import compile_hook
 from keras_mixprec import hardware
+from keras_mixprec.attribution import attribute
+from keras_mixprec.attribution import read_counters
 from keras_mixprec.backend import engine
 from keras_mixprec.callbacks.order import stand_first
-from keras_mixprec.diagnosis import describe_layers
-from keras_mixprec.diagnosis import overflowing_layers
+from keras_mixprec.callbacks.outputs import Outputs
+from keras_mixprec.callbacks.outputs import batches_between
+from keras_mixprec.diagnosis import describe
 from keras_mixprec.optimizer import LossScaleOptimizer
+from keras_mixprec.run_record import ATTRIBUTE
 from keras_mixprec.tensor_cores import tensor_core_advice
+from keras_mixprec.transaction import loss_scale_optimizers
 
 _logger = logging.getLogger("keras_mixprec")
 
 
 class MixedPrecisionMonitor(keras.callbacks.Callback):
-    """Add what half precision does to the logs of every epoch.
+    """Add what half precision does to the logs of every epoch, and say where.
 
-    The progress bar, `History`, `CSVLogger`, `TensorBoard` and every other callback
-    see the keys, wherever this callback stands in the list. All are read once, at
-    the end of the epoch; nothing is added to a training step.
+    The progress bar, `History`, `CSVLogger`, `TensorBoard`, the callbacks of Weights &
+    Biases and MLflow and every other callback see the keys, wherever this callback
+    stands in the list. All are read once, at the end of the epoch; nothing is added
+    to a training step.
 
     | key | what |
     |-|-|
@@ -52,20 +59,41 @@ summed over devices; per device too (`gpu_memory_mb_0`, ...) where there are sev
     ```
 
     Args:
-        verbose: Int. 1 logs after each epoch with overflows which layers they began
-            in, nearest the loss first; read from the optimizer only then. Defaults
-            to 0.
+        verbose: Int. 1 logs after each epoch with overflows where they began: in
+            which layers, nearest the loss first, or in the loss itself already.
+            Defaults to 0.
+        json_lines: Path of a file to append one JSON object per epoch to: all logs
+            and, under `overflows`, where they began. The model's plan goes beside it,
+            into `<name>.plan.json`; `mp.report` reads both. Defaults to `None`.
+        log_dir: Path of TensorBoard's folder: the keys below `mixed_precision/`, by
+            epoch. Takes the `tensorboard` extra. Defaults to `None`.
+        update_freq: `"epoch"`, or int >= 1: also every that many batches, `loss_scale`
+            and `overflow_total` as `mixed_precision/batch_...` by training step; each
+            time the device is read and waited for. Defaults to `"epoch"`.
 
     Raises:
-        ValueError: At the start of training, if the model is not compiled.
+        ValueError: If `update_freq` is neither; and at the start of training, if the
+            model is not compiled.
+        ImportError: At the start of training, if `log_dir` is given without the
+            `tensorboard` extra.
     """
 
-    def __init__(self, verbose: int = 0):
+    def __init__(
+        self,
+        verbose: int = 0,
+        json_lines: str | os.PathLike | None = None,
+        log_dir: str | os.PathLike | None = None,
+        update_freq: int | str = "epoch",
+    ):
         super().__init__()
         self.verbose = verbose
+        self._paths = json_lines, log_dir
+        self._every, self._last_batch = batches_between(update_freq), 0
+        self._outputs = None
         self._said = set()
         self._total_before = {}
-        self._counts_before = {}
+        self._counters_before = None
+        self._overflows = {}
         self._activity = None
         self._advised = False
 
@@ -84,36 +112,72 @@ summed over devices; per device too (`gpu_memory_mb_0`, ...) where there are sev
             )
         self._check_scaling()
         self._total_before = self._totals()
-        self._counts_before = self._counts() if self.verbose else {}
+        self._counters_before = self._counters()
+        if engine.is_chief(self.model):
+            self._outputs = Outputs(*self._paths)
+        self._overflows = {}
+        history = getattr(self.model, "history", None)
+        if history is not None:
+            # Beside its numbers, for `mp.report`.
+            setattr(history, ATTRIBUTE, self._overflows)
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         """Start the epoch's memory peak and its counters anew."""
+        self._last_batch = 0
         hardware.reset_peak_memory()
         self._activity = hardware.start_activity()
 
+    def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
+        """Write what the batches before came to, if asked to."""
+        # Not after a batch: a hook there switches off asynchronous dispatch.
+        if not (self._every and self._outputs):
+            return
+        # An execution of several steps may pass the one that is due.
+        due = batch // self._every > self._last_batch // self._every
+        self._last_batch = batch
+        if due:
+            self._write_batch()
+
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         """Write the keys into `logs`."""
-        if logs is not None:
-            logs |= self._read_scales() | self._read_memory()
-            logs |= hardware.read_activity(self._activity)
-            self._advise(logs)
-            self._name_layers(epoch, logs)
-
-    def _name_layers(self, epoch, logs):
-        skipped = [n for key, n in logs.items() if key.endswith("overflow_count")]
-        if not (self.verbose and any(skipped) and engine.is_chief(self.model)):
+        if logs is None:
             return
-        before, self._counts_before = self._counts_before, self._counts()
-        counts = {p: n - before.get(p, 0) for p, n in self._counts_before.items()}
-        layers = overflowing_layers(self.model, counts)
-        _logger.info("Epoch %d: %s", epoch + 1, describe_layers(layers, "this epoch"))
+        own = self._read_scales() | self._read_memory()
+        own |= hardware.read_activity(self._activity)
+        logs |= own
+        self._advise(logs)
+        skipped = any(n for key, n in own.items() if key.endswith("overflow_count"))
+        where = self._attribute(epoch) if skipped else None
+        if self._outputs:
+            self._outputs.epoch(self.model, epoch, logs, own, where)
 
-    def _counts(self):
-        counts = {}
-        for optimizer in self._optimizers().values():
+    def on_train_end(self, logs: dict | None = None) -> None:
+        """Close what was written."""
+        if self._outputs:
+            self._outputs.close(self.model)
+
+    def _attribute(self, epoch):
+        before, self._counters_before = self._counters_before, self._counters()
+        where = attribute(self.model, self._counters_before - before)
+        self._overflows[epoch] = where
+        if self.verbose and engine.is_chief(self.model):
+            _logger.info("Epoch %d: %s", epoch + 1, describe(where, "this epoch"))
+        return where
+
+    def _counters(self):
+        return read_counters(loss_scale_optimizers(self.model))
+
+    def _write_batch(self):
+        optimizers, values, step = self._optimizers(), {}, 0
+        for prefix, optimizer in optimizers.items():
+            values[f"{prefix}loss_scale"] = _loss_scale(optimizer)
+            applied = optimizer.inner_optimizer.iterations
+            steps = int(keras.ops.convert_to_numpy(applied))
             if isinstance(optimizer, LossScaleOptimizer):
-                counts |= optimizer.overflow_counts
-        return counts
+                values[f"{prefix}overflow_total"] = optimizer.overflow_count
+                steps += optimizer.overflow_count
+            step = max(step, steps)
+        self._outputs.batch(values, step)
 
     def _advise(self, logs):
         advice = tensor_core_advice(self.model, logs)
@@ -137,8 +201,7 @@ summed over devices; per device too (`gpu_memory_mb_0`, ...) where there are sev
     def _read_scales(self):
         logs, totals = {}, self._totals()
         for prefix, optimizer in self._optimizers().items():
-            scale = keras.ops.convert_to_numpy(optimizer.dynamic_scale)
-            logs[f"{prefix}loss_scale"] = float(scale)
+            logs[f"{prefix}loss_scale"] = _loss_scale(optimizer)
             if prefix in totals:
                 before = self._total_before.get(prefix, 0)
                 logs[f"{prefix}overflow_count"] = totals[prefix] - before
@@ -147,20 +210,12 @@ summed over devices; per device too (`gpu_memory_mb_0`, ...) where there are sev
         return logs
 
     def _read_memory(self):
-        devices = hardware.gpu_memory()
-        if not devices:
+        logs = hardware.memory_logs()
+        if "host_memory_mb" in logs:
             self._say_once(
                 "No accelerator is visible: the gpu_* keys are left out and "
                 "host_memory_mb is logged instead."
             )
-            return {"host_memory_mb": hardware.host_memory()}
-        logs = {
-            "gpu_memory_mb": sum(used for used, _ in devices.values()),
-            "gpu_memory_peak_mb": sum(peak for _, peak in devices.values()),
-        }
-        if len(devices) > 1:
-            for i, (used, peak) in enumerate(devices.values()):
-                logs |= {f"gpu_memory_mb_{i}": used, f"gpu_memory_peak_mb_{i}": peak}
         return logs
 
     def _check_scaling(self):
@@ -187,3 +242,7 @@ summed over devices; per device too (`gpu_memory_mb_0`, ...) where there are sev
         if message not in self._said and engine.is_chief(self.model):
             self._said.add(message)
             _logger.warning(message)
+
+
+def _loss_scale(optimizer):
+    return float(keras.ops.convert_to_numpy(optimizer.dynamic_scale))

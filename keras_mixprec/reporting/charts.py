@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from keras_mixprec.reporting import layer_bars
 from keras_mixprec.reporting.runs import Run
 from keras_mixprec.reporting.runs import finite
 from keras_mixprec.reporting.theme import LIGHT
@@ -32,12 +33,14 @@ class Chart:
         title: What is drawn.
         note: One sentence on how to read it.
         draw: Draws into Matplotlib axes, given a theme.
+        per_epoch: Whether the epochs are drawn from left to right.
     """
 
     name: str
     title: str
     note: str
     draw: Callable[[Any, Theme], None]
+    per_epoch: bool = True
 
 
 def charts(runs: list[Run]) -> list[Chart]:
@@ -56,6 +59,20 @@ def charts(runs: list[Run]) -> list[Chart]:
         found.append(
             Chart("overflows", "Overflows", note, lambda ax, t: _counts(ax, runs, t))
         )
+    if any(run.all_overflows.steps for run in runs):
+        note = (
+            "Skipped steps by the layer in which their overflow began, nearest the "
+            "loss first; at the top those whose loss was not finite already."
+        )
+        found.append(
+            Chart(
+                "overflow_layers",
+                "Where overflows began",
+                note,
+                lambda ax, t: layer_bars.draw(ax, runs, t),
+                per_epoch=False,
+            )
+        )
     key = next((k for k in _MEMORY if any(k in run.logs for run in runs)), None)
     if key:
         found.append(
@@ -64,6 +81,13 @@ def charts(runs: list[Run]) -> list[Chart]:
                 _MEMORY[key],
                 "In MiB. Runs in one process share what the earlier ones left.",
                 lambda ax, t: _memory(ax, runs, t, key),
+            )
+        )
+    if any("tensor_core_util" in run.logs for run in runs):
+        note = "Percent of the epoch. Dashed: the time in which any kernel ran."
+        found.append(
+            Chart(
+                "tensor_cores", "Tensor cores", note, lambda ax, t: _busy(ax, runs, t)
             )
         )
     return found
@@ -89,7 +113,7 @@ def _picture(charts, columns, theme, file_format, titles):
         axes = figure.subplots(rows, columns, squeeze=False).flat
         for chart, ax in zip(charts, axes, strict=False):
             chart.draw(ax, theme)
-            finish(ax, chart.title if titles else "")
+            finish(ax, chart.title if titles else "", chart.per_epoch)
         for ax in list(axes)[len(charts) :]:
             ax.set_axis_off()
         file = io.BytesIO()
@@ -164,6 +188,17 @@ def _memory(ax, runs, theme, key):
             _line(ax, run.logs[key], _color(theme, i), run.label)
     ax.set_ylim(0, 1.15 * ax.get_ylim()[1])
     ax.set_ylabel("MiB")
+    legend(ax)
+
+
+def _busy(ax, runs, theme):
+    for i, run in enumerate(runs):
+        for key, dashes in (("tensor_core_util", "-"), ("gpu_util", "--")):
+            if key in run.logs:
+                label = run.label if key == "tensor_core_util" else None
+                _line(ax, run.logs[key], _color(theme, i), label, dashes)
+    ax.set_ylim(0, 105)
+    ax.set_ylabel("percent")
     legend(ax)
 
 

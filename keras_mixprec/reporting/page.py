@@ -17,13 +17,19 @@ from keras_mixprec.reporting.theme import DARK
 from keras_mixprec.reporting.theme import LIGHT
 from keras_mixprec.reporting.verdict import judge
 
+# A longer plan is folded up.
+_OPEN_ROWS = 24
+
 
 def report(
     run: Any,
     output: str | os.PathLike | None = None,
     title: str = "Mixed precision training",
 ) -> pathlib.Path:
-    """Write a run's loss, loss scale, overflows and memory as a page and pictures.
+    """Write what half precision did to a run as a page and as pictures.
+
+    Loss, loss scale, overflows and the layers in which they began, memory and, where
+    they were logged, tensor cores; the verdict in words; the plan where it is known.
 
     The folder gets `report.html`, which loads nothing from anywhere and follows the
     reader's light or dark mode, `curves.png` with all charts, and one PNG for each.
@@ -40,7 +46,10 @@ def report(
         run: `keras.callbacks.History` (or its `history`); a dict of label -> those,
             drawn side by side; or the path of a run folder: each `*.csv` in it that
             `keras.callbacks.CSVLogger` wrote, and each `*.jsonl` with one JSON object
-            per epoch, is a run.
+            per epoch (`MixedPrecisionMonitor(json_lines=...)`), is a run. A run's plan
+            is `<name>.plan.json` beside it; that of a `History` its model's, as it is
+            now. Where overflows began is known where a `MixedPrecisionMonitor` ran,
+            and not from CSV files.
         output: Folder to write into, created if absent. Defaults to the run folder,
             or to `mixprec-report` in the working directory.
         title: Heading of the page.
@@ -100,6 +109,7 @@ def _render(title, runs, drawn):
         pictures=[_embed(chart) for chart in drawn],
         labels=[run.label for run in runs],
         rows=_last_epoch(runs),
+        plans=[_table(run) for run in runs if run.plan is not None],
         origin=_origin(),
     )
 
@@ -110,6 +120,19 @@ def _embed(chart):
         for theme in (LIGHT, DARK)
     )
     return {"title": chart.title, "note": chart.note, "light": light, "dark": dark}
+
+
+def _table(run):
+    plan = run.plan
+    counts = ", ".join(f"{n} {policy}" for policy, n in plan.counts().items())
+    return {
+        "label": run.label,
+        "counts": f"{len(plan)} layers: {counts}",
+        "shares": f"In half precision: {plan.half_share('parameters'):.1%} of the "
+        f"parameters, {plan.half_share('multiply_adds'):.1%} of the multiply-adds.",
+        "rows": plan.rows,
+        "open": len(plan) <= _OPEN_ROWS,
+    }
 
 
 def _last_epoch(runs: list[Run]) -> list[tuple[str, list[str]]]:

@@ -58,25 +58,37 @@ def style(theme: Theme) -> dict[str, Any]:
     }
 
 
-def finish(ax: Any, title: str) -> None:
-    """Give drawn axes their title, ticks and grid."""
+def finish(ax: Any, title: str, per_epoch: bool = True) -> None:
+    """Give drawn axes their title, ticks and grid.
+
+    Args:
+        ax: Matplotlib axes.
+        title: Their title.
+        per_epoch: Whether the epochs run from left to right; else counts of steps do.
+    """
     from matplotlib.ticker import MaxNLocator
 
     ax.set_title(title)
-    ax.set_xlabel("epoch")
+    ax.set_xlabel("epoch" if per_epoch else "steps")
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    ax.grid(True, axis="y", linewidth=0.8)
+    ax.grid(True, axis="y" if per_epoch else "x", linewidth=0.8)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
     ax.tick_params(length=0)
 
 
-def legend(ax: Any) -> None:
-    """Name what was drawn, below the axes, where it covers none of it."""
+def legend(ax: Any, side: str = "center") -> None:
+    """Name what was drawn, below the axes, where it covers none of it.
+
+    Args:
+        ax: Matplotlib axes.
+        side: `"center"`, or `"right"` for axes that long names push to the right.
+    """
     handles, labels = ax.get_legend_handles_labels()
     labels = [
         name if len(name) < _LONGEST else f"{name[:_LONGEST]}…" for name in labels
     ]
     columns = max(1, _LINE // (max(map(len, labels)) + 6))
-    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2)}
+    place = {"loc": f"upper {side}"}
+    place["bbox_to_anchor"] = (1.0 if side == "right" else 0.5, -0.2)
     ax.legend(handles, labels, ncols=min(columns, len(labels)), **place)

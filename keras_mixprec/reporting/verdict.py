@@ -1,33 +1,25 @@
 """What the logs of a run mean, in words."""
 
 import math
-from dataclasses import dataclass
 
+from keras_mixprec.diagnosis import describe
+from keras_mixprec.diagnosis import keep_float32
+from keras_mixprec.reporting.comparison import Verdict
+from keras_mixprec.reporting.comparison import compare_accuracy
+from keras_mixprec.reporting.comparison import compare_memory
 from keras_mixprec.reporting.runs import Run
+from keras_mixprec.tensor_cores import IDLE_TENSOR_CORES
 
-# Trainings that differ in nothing but the seed end about as far apart.
-_AGREEMENT_POINTS = 1.0
 # More than that, late in training, and steps are lost rather than scales tried.
 _LARGEST_LATE_SHARE = 0.1
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """One sentence or two about a run.
-
-    Attributes:
-        level: `"good"`, `"info"`, `"warning"` or `"bad"`.
-        text: What was seen, and what to do about it.
-    """
-
-    level: str
-    text: str
-
-
 def judge(runs: list[Run]) -> list[Verdict]:
     """Return a verdict for each run, and one on how they compare."""
-    together = [_compare(runs)] if len(runs) > 1 else []
-    return [v for v in [*together, *map(_judge_one, runs)] if v]
+    found = [compare_accuracy(runs), compare_memory(runs)] if len(runs) > 1 else []
+    for run in runs:
+        found += [_judge_one(run), _judge_layers(run), _judge_tensor_cores(run)]
+    return [v for v in found if v]
 
 
 def format_scale(scale: float) -> str:
@@ -81,7 +73,8 @@ def _judge_counts(run, counts, where):
         return Verdict(
             "warning",
             f"{run.label}: {late:.0%} of the steps in the second half of training "
-            f"overflowed and were skipped; {where}. Some layer needs float32.",
+            f"overflowed and were skipped; {where}. "
+            f"{_remedy(run) or 'Some layer needs float32.'}",
         )
     if not total:
         return Verdict("good", f"{run.label}: no step overflowed; {where}.")
@@ -90,7 +83,44 @@ def _judge_counts(run, counts, where):
         "good",
         f"{run.label}: {_steps(total)} overflowed and {_was(total)} skipped"
         f"{_of_all(run, counts, total)}, the last in epoch {max(epochs)}; {where}. "
-        "That is loss scaling at work: weights were never touched by these steps.",
+        "Weights were never touched by these steps"
+        f"{'' if run.all_overflows.nonfinite_loss else ': loss scaling at work'}.",
+    )
+
+
+def _remedy(run):
+    where = run.all_overflows
+    return f"To mend it, {keep_float32(where)}." if where.steps else None
+
+
+def _judge_layers(run):
+    where = run.all_overflows
+    if not where.steps:
+        return None
+    lost = _late_share(run, run.matching("overflow_count")) > _LARGEST_LATE_SHARE
+    level = "warning" if lost or _lasting_nonfinite_loss(run) else "info"
+    return Verdict(level, f"{run.label}: {describe(where, 'in this run')}")
+
+
+def _lasting_nonfinite_loss(run):
+    # No loss scale settles those: the same data come back in every epoch.
+    epochs = [e for values in run.logs.values() for e in values]
+    middle = (min(epochs) + max(epochs)) / 2
+    return any(w.nonfinite_loss and e > middle for e, w in run.overflows.items())
+
+
+def _judge_tensor_cores(run):
+    share = run.last("tensor_core_util")
+    if share is None or run.plan is None:
+        return None
+    what = f"{run.label}: tensor cores were busy {share:.0f}% of the last epoch"
+    if share >= IDLE_TENSOR_CORES:
+        return Verdict("good", f"{what}.")
+    return Verdict(
+        "warning",
+        f"{what}, although the model computes in half precision. Look for dimensions "
+        "that are not multiples of 8, input that keeps the GPU waiting, or a model "
+        "that is not compiled with XLA.",
     )
 
 
@@ -117,22 +147,3 @@ def _steps(n):
 
 def _was(n):
     return "was" if n == 1 else "were"
-
-
-def _compare(runs):
-    key = _accuracy_key(runs)
-    if key is None:
-        return None
-    ends = {run.label: 100 * run.last(key) for run in runs}
-    apart = max(ends.values()) - min(ends.values())
-    each = ", ".join(f"{label} {value:.2f}%" for label, value in ends.items())
-    return Verdict(
-        "good" if apart <= _AGREEMENT_POINTS else "warning",
-        f"{key} of the last epoch: {each}; {apart:.2f} points apart.",
-    )
-
-
-def _accuracy_key(runs):
-    shared = [k for k in runs[0].logs if all(k in run.logs for run in runs)]
-    found = [k for k in shared if "acc" in k]
-    return next((k for k in found if k.startswith("val_")), next(iter(found), None))

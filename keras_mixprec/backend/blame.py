@@ -1,0 +1,20 @@
+"""An overflow that began before the backward pass did."""
+
+from keras import ops
+
+
+def blame_loss(losses, before, after):
+    """Return an optimizer's counters, a skipped step put down to the loss if it was.
+
+    Args:
+        losses: Tensors that are not finite if a loss of the step was not; may be none.
+        before: `LossScaleOptimizer.variable_counters` before the step.
+        after: The same after the step.
+    """
+    if not losses:
+        return after
+    finite = [ops.all(ops.isfinite(value)) for value in losses]
+    finite = finite[0] if len(finite) == 1 else ops.all(ops.stack(finite))
+    # "Began here, the loss being finite" becomes "the loss being not".
+    blamed = before + ops.take(after - before, [0, 2, 1], axis=0)
+    return ops.where(finite, after, blamed)
