@@ -5,6 +5,7 @@ import torch
 from keras_mixprec.backend import LARGEST_NORM
 from keras_mixprec.backend import LARGEST_SCALED_NORM
 from keras_mixprec.backend import stateful
+from keras_mixprec.backend.torch_carrier import PendingCarrier as carrier  # noqa: F401
 
 _INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _INTEGERS = set(_INTEGER.values())

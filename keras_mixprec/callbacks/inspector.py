@@ -176,32 +176,43 @@ class OverflowInspector(keras.callbacks.Callback):
     # -- frames ---------------------------------------------------------------------
 
     def _read(self):
+        found = []
         while self._pending:
-            frames = self._decoded(*self._pending.popleft())
-            self._keep(frames)
-
-    def _decoded(self, epoch, batch, log):
-        return [
-            Frame(
-                epoch,
-                batch + i,
-                scale,
-                {k: r for k, v in rows.items() if (r := merged(v)) is not None},
-            )
-            for i, (scale, rows) in enumerate(self._instrument.decode(log))
-        ]
-
-    def _keep(self, frames):
-        for frame in frames:
-            if not self._waits:
+            epoch, batch, log = self._pending.popleft()
+            steps = self._instrument.steps(log)
+            found += [
+                (epoch, batch + i, step)
+                for i, step in enumerate(steps)
                 # Of an execution of several steps only those asked for.
-                if len(frames) == 1 or frame.batch in self._batches:
-                    self.report.frames.append(frame)
-            elif self._waiting:
-                self.report.frames = [*self.report.frames, frame][-self._frames :]
-                if frame.overflowed:
-                    self._waiting = False
-                    _logger.warning("First overflow.\n%s", self.report.table())
+                if len(steps) == 1 or self._is_asked_for(batch + i)
+            ]
+        self._keep(found)
+
+    def _is_asked_for(self, batch):
+        return self._waits or batch in self._batches
+
+    def _keep(self, found):
+        if not self._waits:
+            self.report.frames += map(self._frame, found)
+        elif self._waiting:
+            steps = [step for _, _, step in found]
+            overflows = [*map(self._instrument.overflowed, steps)] if found else []
+            if any(overflows):
+                self._waiting = False
+                found = found[: overflows.index(True) + 1]
+            frames = [*map(self._frame, found[-self._frames :])]
+            self.report.frames = [*self.report.frames, *frames][-self._frames :]
+            if not self._waiting:
+                _logger.warning("First overflow.\n%s", self.report.table())
+
+    def _frame(self, found):
+        epoch, batch, step = found
+        scale, rows = self._instrument.decode(step)
+        measured = {key: merged(values) for key, values in rows.items()}
+        return Frame(
+            *(epoch, batch, scale),
+            {key: r for key, r in measured.items() if r is not None},
+        )
 
 
 def _indices(name, values):
