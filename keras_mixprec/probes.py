@@ -127,16 +127,20 @@ class Probes:
         """
         return [step for step in ops.convert_to_numpy(log)[::-1] if step[0, 0]]
 
-    def overflowed(self, step: np.ndarray) -> bool:
+    def overflowed(self, step: np.ndarray, chosen: Callable) -> bool:
         """Return whether a gradient of a weight was inf or NaN.
 
         Args:
             step: As `steps` returns it.
+            chosen: Callable, `path -> bool`, the layers to look at.
         """
-        weights = step[len(step) - len(self._weights) :]
-        return bool(weights[:, FIELDS.index("nonfinite")].any())
+        nonfinite = step[len(step) - len(self._weights) :, FIELDS.index("nonfinite")]
+        weights = zip(self._weights, nonfinite, strict=True)
+        return any(n and chosen(self._owners[id(v)]) for v, n in weights)
 
-    def decode(self, step: np.ndarray) -> tuple[float, dict]:
+    def decode(
+        self, step: np.ndarray, chosen: Callable, calls: int
+    ) -> tuple[float, dict]:
         """Return `(loss scale, rows)` of a step.
 
         Rows are `(layer path, kind) -> list of measurements`, where kind is
@@ -145,16 +149,21 @@ class Probes:
 
         Args:
             step: As `steps` returns it.
+            chosen: Callable, `path -> bool`, the layers to return.
+            calls: Int, how many calls or outputs of a layer to return.
         """
         rows: dict = {}
-        for (layer, _), (index, call) in self._sources.items():
+        for (layer, nth), (index, call) in self._sources.items():
+            path = self._places[layer].path
             first = 1 + 2 * (index * self._calls + call)
-            for kind, row in zip(_KINDS, step[first : first + 2], strict=True):
-                rows.setdefault((self._places[layer].path, kind), []).append(row)
+            if nth < calls and chosen(path):
+                for kind, row in zip(_KINDS, step[first : first + 2], strict=True):
+                    rows.setdefault((path, kind), []).append(row)
         weights = step[len(step) - len(self._weights) :]
         for variable, row in zip(self._weights, weights, strict=True):
-            key = self._owners[id(variable)], "weight_gradient"
-            rows.setdefault(key, []).append(row)
+            path = self._owners[id(variable)]
+            if chosen(path):
+                rows.setdefault((path, "weight_gradient"), []).append(row)
         return float(step[0, 1]), rows
 
 
