@@ -78,6 +78,28 @@ def test_an_inspector_that_left_is_not_measured_for_any_more(built):
     assert [names for names, _ in built] == [["first"], ["huge"]]
 
 
+@pytest.mark.skipif(
+    keras.backend.backend() != "tensorflow", reason="the others compile in one way"
+)
+@pytest.mark.parametrize("compiled_by", ["xla", "xla, the measuring alone"])
+def test_what_compiles_the_step_does_not_change_what_is_found(compiled_by, monkeypatch):
+    def frame(**arguments):
+        model = model_that_overflows()
+        model.compile(model.optimizer, "mse", **arguments)
+        inspector = mp.OverflowInspector(batches=[0])
+        fit(model, [inspector])
+        return inspector.report.frames[0].ranges
+
+    plain = frame(jit_compile=False)
+    if compiled_by == "xla":
+        assert frame(jit_compile=True) == plain
+    else:
+        from keras_mixprec.backend import tensorflow
+
+        monkeypatch.setattr(tensorflow, "_gpus", lambda: ["one"])
+        assert frame(jit_compile=False) == plain
+
+
 @pytest.mark.parametrize("inspector_first", [True, False])
 def test_beside_adaptive_precision_before_and_after_the_plan_changes(
     inspector_first, built

@@ -5,6 +5,7 @@ import functools
 import threading
 
 import tensorflow as tf
+from tensorflow.compiler.tf2xla.python import xla as xla_ops
 
 from keras_mixprec import ranges
 from keras_mixprec.backend import stateful
@@ -211,9 +212,7 @@ def _partial(x):
     if _xla():
         # XLA joins reductions of one tensor in one kernel, but not those of what a
         # Triton kernel of its own wrote. Behind a barrier it cannot tell.
-        return ranges.partial(
-            x, lambda x: tf.raw_ops.XlaOptimizationBarrier(input=[x])[0]
-        )
+        return ranges.partial(x, lambda x: xla_ops.optimization_barrier(x)[0])
     if _gpus() and not tf.executing_eagerly():
         # Op by op a GPU would wait for thirty launches.
         return _compiled_partial(x)
