@@ -44,7 +44,8 @@ class AdaptivePrecision(keras.callbacks.Callback):
     to measure.
 
     The logs get `float32_layers`, the number of layers that are in float32, and
-    `precision_changes`, those of this epoch; `plot` draws them.
+    `precision_changes`, those of this epoch; `mp.report` draws both, and `plot` which
+    layer changed when.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""The charts of a report: loss, loss scale, overflows, memory."""
+"""The charts of a report: loss, loss scale, overflows, memory, plan changes."""
 
 import io
 import math
@@ -65,6 +65,11 @@ def charts(runs: list[Run]) -> list[Chart]:
                 "In MiB. Runs in one process share what the earlier ones left.",
                 lambda ax, t: _memory(ax, runs, t, key),
             )
+        )
+    if any("float32_layers" in run.logs for run in runs):
+        note = "At the end of each epoch; a diamond where the plan changed."
+        found.append(
+            Chart("plan", "Layers in float32", note, lambda ax, t: _plan(ax, runs, t))
         )
     return found
 
@@ -164,6 +169,23 @@ def _memory(ax, runs, theme, key):
             _line(ax, run.logs[key], _color(theme, i), run.label)
     ax.set_ylim(0, 1.15 * ax.get_ylim()[1])
     ax.set_ylabel("MiB")
+    legend(ax)
+
+
+def _plan(ax, runs, theme):
+    from matplotlib.ticker import MaxNLocator
+
+    for i, run in enumerate(runs):
+        layers = run.logs.get("float32_layers", {})
+        changes = run.logs.get("precision_changes", {})
+        color = _color(theme, i)
+        places, counts = list(layers), list(layers.values())
+        ax.plot(places, counts, color=color, label=run.label, drawstyle="steps-mid")
+        changed = [epoch for epoch in layers if changes.get(epoch)]
+        heights = [layers[epoch] for epoch in changed]
+        ax.plot(changed, heights, "D", color=color, markersize=6, label="_")
+    ax.set_ylim(bottom=0)
+    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     legend(ax)
 
 
