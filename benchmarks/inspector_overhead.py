@@ -1,87 +1,172 @@
 """Time a training step with and without `OverflowInspector` looking at it.
 
-    KERAS_BACKEND=jax python benchmarks/inspector_overhead.py [--width 768 --blocks 4]
+    python benchmarks/inspector_overhead.py [--backends jax torch tensorflow]
+    KERAS_BACKEND=jax python benchmarks/inspector_overhead.py --worker [--size small]
 
-A Transformer encoder in mixed_float16 runs four epochs: two to compile both train
-functions, then one plain and one in which every batch is looked at.
+Each backend gets a process of its own and `--timeout` seconds. It trains BERT-base's
+encoder (`models.py`) in mixed_float16 on one batch, over and over: first until both
+train functions are compiled, then in blocks of `--steps`, plain and looked at in turns,
+each with one read of the device at its end, which for a block that is looked at
+includes what was measured. A line of JSON per pair of blocks, with the medians so far.
 """
 
 import argparse
+import datetime
+import json
 import os
+import pathlib
+import statistics
+import subprocess
+import sys
 import time
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-if os.environ.get("KERAS_BACKEND") == "torch":
-    # Imported after TensorFlow in one process, torch may segfault.
-    import torch  # noqa: F401
-
-import keras
-import numpy as np
-
-import keras_mixprec as mp
-from keras_mixprec.callbacks.inspector import OverflowInspector
+_HERE = pathlib.Path(__file__).resolve().parent
+# Pairs of blocks that a median takes at least.
+_PAIRS = 3
 
 
-def encoder(width, blocks, length, attention):
-    """Return a Transformer encoder without an embedding."""
-    inputs = keras.Input((length, width))
-    x = inputs
-    for _ in range(blocks):
-        if attention:
-            y = keras.layers.MultiHeadAttention(width // 64, 64)(x, x)
-            x = keras.layers.LayerNormalization()(x + y)
-        y = keras.layers.Dense(4 * width, activation="gelu")(x)
-        y = keras.layers.Dropout(0.1)(keras.layers.Dense(width)(y))
-        x = keras.layers.LayerNormalization()(x + y)
-    outputs = keras.layers.Dense(1, dtype="float32")(x)
-    return keras.Model(inputs, outputs)
+def worker(given):
+    """Print a line of JSON for each pair of blocks, on this process's backend."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    started = time.perf_counter()
+    if os.environ.get("KERAS_BACKEND") == "torch":
+        # Imported after TensorFlow in one process, torch may segfault.
+        import torch  # noqa: F401
+    import keras
+    from models import build
 
+    import keras_mixprec as mp
 
-class EpochTimes(keras.callbacks.Callback):
-    """Seconds per epoch."""
+    mp.set_policy(given.policy)
+    workload = build("bert", given.size, given.batch)
+    model = workload.model
+    model.compile(
+        mp.LossScaleOptimizer("adam"), workload.loss, jit_compile=_jit_compile(given)
+    )
+    samples = workload.batch * given.steps
+    x, y = (_repeated(a, samples) for a in (workload.x, workload.y))
 
-    def on_epoch_begin(self, epoch, logs=None):
-        if epoch == 0:
+    class Blocks(keras.callbacks.Callback):
+        """Seconds of each epoch until the device has finished."""
+
+        def __init__(self):
+            super().__init__()
             self.seconds = []
-        self.start = time.perf_counter()
 
-    def on_epoch_end(self, epoch, logs=None):
-        self.seconds.append(time.perf_counter() - self.start)
+        def on_epoch_begin(self, epoch, logs=None):
+            self.start = time.perf_counter()
+
+        def on_epoch_end(self, epoch, logs=None):
+            keras.ops.convert_to_numpy(self.model.trainable_variables[-1])
+            self.seconds.append(time.perf_counter() - self.start)
+            if epoch == 1:
+                print(json.dumps({"compiled_s": _since(started)}), flush=True)
+            if epoch >= 3 and epoch % 2:
+                row = _row(self.seconds[2:], given.steps)
+                print(json.dumps(description | row), flush=True)
+            late = _since(started) > given.seconds
+            if late and len(self.seconds) >= 2 + 2 * _PAIRS:
+                self.model.stop_training = True
+
+    description = {
+        "backend": keras.config.backend(),
+        "keras": keras.__version__,
+        "model": "bert",
+        "policy": given.policy,
+        "size": given.size,
+        "batch": workload.batch,
+        "jit_compile": bool(model.jit_compile),
+        "device": _device(),
+        "date": datetime.date.today().isoformat(),
+    }
+    # The first of each kind compiles, and is left out.
+    looked_at = range(1, 2 + 2 * given.pairs, 2)
+    inspector = mp.OverflowInspector(epochs=looked_at, batches=range(given.steps))
+    fit = {"batch_size": workload.batch, "shuffle": False, "verbose": 0}
+    epochs = 2 + 2 * given.pairs
+    # The clock stands last, so that it sees the inspector read.
+    model.fit(x, y, epochs=epochs, callbacks=[inspector, Blocks()], **fit)
+    frame = inspector.report.frames[-1]
+    print(json.dumps({"tensors": len(frame.ranges), "culprit": frame.culprit()}))
+
+
+def _row(seconds, steps):
+    plain, looked_at = seconds[::2], seconds[1::2]
+    ratios = [b / a for a, b in zip(plain, looked_at, strict=True)]
+    return {
+        "pairs": len(ratios),
+        "plain_ms": round(1e3 * statistics.median(plain) / steps, 2),
+        "looked_at_ms": round(1e3 * statistics.median(looked_at) / steps, 2),
+        "paired_ratio": round(statistics.median(ratios), 3),
+        "ratios": [round(ratio, 3) for ratio in ratios],
+    }
+
+
+def _repeated(array, samples):
+    import numpy as np
+
+    return np.resize(array, (samples, *array.shape[1:]))
+
+
+def _device():
+    from keras_mixprec.backend import engine
+
+    found = engine.accelerator()
+    return "cpu" if found is None else f"{found[0]} {found[1]}"
+
+
+def _jit_compile(given):
+    return "auto" if given.jit_compile is None else given.jit_compile == "yes"
+
+
+def _arguments(given):
+    names = ("size", "batch", "policy", "steps", "pairs", "jit_compile", "seconds")
+    pairs = [(f"--{n.replace('_', '-')}", getattr(given, n)) for n in names]
+    return [str(part) for pair in pairs if pair[1] is not None for part in pair]
+
+
+def _since(start):
+    return round(time.perf_counter() - start, 1)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--width", type=int, default=768)
-    parser.add_argument("--blocks", type=int, default=4)
-    parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--backends", nargs="*", default=["jax", "torch", "tensorflow"])
+    parser.add_argument("--worker", action="store_true")
+    parser.add_argument("--size", default="full", choices=["full", "small"])
+    parser.add_argument("--batch", type=int)
     # JAX on a CPU cannot train attention in float16.
-    parser.add_argument("--no-attention", action="store_true")
+    parser.add_argument("--policy", default="mixed_float16")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument("--jit-compile", choices=["yes", "no"])
+    parser.add_argument("--seconds", type=float, default=60, help="then no more pairs")
+    parser.add_argument("--timeout", type=float, default=120, help="per backend")
     given = parser.parse_args()
-    mp.set_policy("mixed_float16")
-    model = encoder(given.width, given.blocks, given.length, not given.no_attention)
-    model.compile(mp.LossScaleOptimizer("adam"), "mse")
-    samples = given.batch * given.steps
-    x = np.random.default_rng(0).normal(size=(samples, given.length, given.width))
-    x = x.astype("float32")
-    times = EpochTimes()
-    # Both functions are compiled in the first two epochs, and timed in the others.
-    inspector = OverflowInspector(epochs=[1, 3], batches=range(given.steps))
-    model.fit(
-        *(x, x[..., :1]),
-        batch_size=given.batch,
-        epochs=4,
-        verbose=0,
-        callbacks=[times, inspector],
-    )
-    plain, looked_at = (1e3 * s / given.steps for s in times.seconds[2:])
-    print(
-        f"{keras.backend.backend()}: {plain:.2f} ms per step, {looked_at:.2f} ms "
-        f"looked at ({looked_at / plain - 1:+.1%}), "
-        f"{len(inspector.report.frames)} frames"
-    )
+    if given.worker:
+        worker(given)
+        return 0
+    codes = []
+    for backend in given.backends:
+        # A process per backend: one holds the whole memory of a GPU.
+        environment = {**os.environ, "KERAS_BACKEND": backend}
+        arguments = [
+            a for a in sys.argv[1:] if a not in ("--backends", *given.backends)
+        ]
+        command = [sys.executable, "-u", str(_HERE / "inspector_overhead.py")]
+        try:
+            code = subprocess.run(
+                [*command, "--worker", *arguments],
+                env=environment,
+                timeout=given.timeout,
+                check=False,
+            ).returncode
+        except subprocess.TimeoutExpired:
+            code = 124
+        print(json.dumps({"backend": backend, "exit": code}), flush=True)
+        codes.append(code)
+    return max(codes)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -33,7 +33,9 @@ class Instrument:
         self._probes = Probes(model, chosen, calls, model.steps_per_execution)
         self._own = {id(v) for v in self._probes.variables}
         self._function = self._make_function()
+        self.steps = self._probes.steps
         self.decode = self._probes.decode
+        self.overflowed = self._probes.overflowed
 
     def run(self, *args: Any) -> tuple[Any, Any]:
         """Call the measuring train function.
@@ -43,25 +45,22 @@ class Instrument:
                 the state.
 
         Returns:
-            What that function returns, and the log: a tensor that `decode` reads.
+            What that function returns, and the log: a tensor that `steps` reads.
         """
         *state, data = args
         log = self._probes.log
-        log.assign(ops.zeros(log.shape))
         with self._tracked():
             if state:
                 return self._run_on_state(state[0], data)
+            log.assign(ops.zeros(log.shape))
             result = self._function(data)
             return result, ops.copy(ops.convert_to_tensor(log))
 
     def _run_on_state(self, state, data):
         variables = self._model.trainable_variables
-        given = iter(state[0])
-        # Copies: a function that is given its state to eat must not eat ours.
-        trainable = [
-            ops.copy(ops.convert_to_tensor(v)) if self._is_own(v) else next(given)
-            for v in variables
-        ]
+        # Anew: the function eats the state that it is given.
+        given, own = iter(state[0]), iter(self._probes.zeros())
+        trainable = [next(own if self._is_own(v) else given) for v in variables]
         logs, new = self._function((trainable, *state[1:]), data)
         theirs = [
             x for x, v in zip(new[0], variables, strict=True) if not self._is_own(v)
@@ -73,12 +72,14 @@ class Instrument:
     def _make_function(self):
         model = self._model
         plain, own_step = model.train_function, vars(model).get("train_step")
-        step = self._measuring(model.train_step)
+        step, jit_compile = self._measuring(model.train_step), model.jit_compile
         model.train_step = step
+        model.jit_compile = jit_compile and self._probes.compiles
         try:
             model.make_train_function(force=True)
             return self._with_step(model.train_function, step)
         finally:
+            model.jit_compile = jit_compile
             model.train_function = plain
             _restore(model, "train_step", own_step)
 

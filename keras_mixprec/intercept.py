@@ -24,7 +24,8 @@ def intercepted(operations: Iterable[keras.Operation], around: Callable) -> Iter
     try:
         for operation in operations:
             before.append((operation, vars(operation).get("call")))
-            operation.call = _routed(operation, operation.call, around)
+            # Past Keras's bookkeeping of attributes: an eager step does this anew.
+            vars(operation)["call"] = _routed(operation, operation.call, around)
         yield
     finally:
         for operation, own in before:
@@ -47,6 +48,6 @@ def restore_call(operation: keras.Operation, own: Callable | None) -> None:
         own: What its instance dictionary held before, None if nothing.
     """
     if own is None:
-        del operation.call
+        del vars(operation)["call"]
     else:
-        operation.call = own
+        vars(operation)["call"] = own

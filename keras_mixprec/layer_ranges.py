@@ -4,16 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import keras
 import numpy as np
 
 from keras_mixprec import ranges
 from keras_mixprec.difference import flat_floats
-
-
-def measured(array: np.ndarray) -> np.ndarray:
-    """Return `ranges.measure` of an array, as an array."""
-    return keras.ops.convert_to_numpy(ranges.measure(array))
 
 
 def bytes_per_example(outputs: Any) -> float:

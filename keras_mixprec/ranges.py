@@ -8,15 +8,22 @@ rounds to 0.
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from keras import ops
 
 LARGEST = 65504.0
-_ROUNDS_TO_INFINITY = 65520.0
-_SMALLEST_NORMAL = 2.0**-14
-_ROUNDS_TO_ZERO = 2.0**-25
+ROUNDS_TO_INFINITY = 65520.0
+SMALLEST_NORMAL = 2.0**-14
+ROUNDS_TO_ZERO = 2.0**-25
+# Parts of a tensor that are measured apart: enough to keep a GPU busy, and no more
+# columns in one than XLA's GPU compiler reduces in a single pass.
+ROWS = 512
+_COLUMNS = 2**14
 # What `measure` returns, in this order.
 FIELDS = (
     "values",
@@ -28,6 +35,7 @@ FIELDS = (
     "max_abs",
     "min_abs",
 )
+PARTIAL = len(FIELDS) * ROWS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,27 +92,114 @@ def measure(x: Any) -> Any:
         float32 tensor of shape `(len(FIELDS),)`; counts are exact up to 2**24, the
         smallest magnitude is inf where there is none.
     """
-    x = ops.cast(x, "float32")
-    size = ops.cast(ops.prod(ops.shape(x)), "float32")
-    magnitude = ops.abs(x)
-    finite = ops.isfinite(x)
-    nonzero = ops.logical_and(finite, magnitude > 0)
+    return total(partial(x))[0]
+
+
+def measure_array(x: np.ndarray) -> np.ndarray:
+    """Return the same of a NumPy array, by NumPy: nothing compiles, nothing waits.
+
+    Args:
+        x: Array of any float dtype and shape.
+    """
+    x = np.asarray(x, "float32").reshape(1, -1)
+    return np.stack(_statistics(np, x, (1,)))[:, 0] if x.size else _nothing(np, ())
+
+
+def partial(x: Any, barrier: Callable = lambda x: x) -> Any:
+    """Return statistics of `ROWS` parts of a tensor, for `total`.
+
+    XLA makes one kernel of this that reads the tensor once. Statistics of the whole
+    at once take eight: one that reads the tensor, and for each statistic another that
+    sums up what the blocks of the first found.
+
+    Args:
+        x: Tensor of any float dtype and shape.
+        barrier: Identity that the compiler does not look through.
+
+    Returns:
+        float32 tensor of shape `(PARTIAL,)`. Flat, since XLA joins concatenations of
+        concatenations where they are along one axis.
+    """
+    known = [n for n in x.shape if n is not None]
+    size = math.prod(known)
+    if not size:
+        return ops.reshape(_nothing(ops, (ROWS,)), (PARTIAL,))
+    rows = next(n for n in range(min(size, ROWS), 0, -1) if size % n == 0)
+    columns = size // rows if len(known) == len(x.shape) else -1
+    parts = next((n for n in (1, 2, 4, 8) if 0 < columns <= _COLUMNS * n), 1)
+    parts = parts if columns % parts == 0 else 1
+    x = ops.reshape(x, (parts, rows, -1 if columns < 0 else columns // parts))
+    found = _statistics(ops, ops.cast(barrier(x), "float32"), (0, 2))
+    if rows < ROWS:
+        fill = [0.0] * (len(FIELDS) - 1) + [float("inf")]
+        padding = [ops.full((ROWS - rows,), value, "float32") for value in fill]
+        found = [part for pair in zip(found, padding, strict=True) for part in pair]
+    return ops.concatenate(found)
+
+
+def total(partials: Any) -> Any:
+    """Return the statistics of the tensors that `partial` was called with.
+
+    Args:
+        partials: Tensor of shape `(n * PARTIAL,)`.
+
+    Returns:
+        float32 tensor of shape `(n, len(FIELDS))`.
+    """
+    partials = ops.reshape(partials, (-1, len(FIELDS), ROWS))
+    counts = ops.sum(partials[:, :-2], axis=-1)
+    largest = ops.max(partials[:, -2:-1], axis=-1)
+    smallest = ops.min(partials[:, -1:], axis=-1)
+    return ops.concatenate([counts, largest, smallest], axis=-1)
+
+
+def measure_each(stacked: Any) -> Any:
+    """Return the statistics of several small tensors of one shape.
+
+    Args:
+        stacked: Tensor of shape `(n, ...)`.
+
+    Returns:
+        float32 tensor of shape `(n, len(FIELDS))`.
+    """
+    x = ops.reshape(ops.cast(stacked, "float32"), (stacked.shape[0], -1))
+    return ops.stack(_statistics(ops, x, (1,)), axis=1)
+
+
+def _statistics(xp, x, axis):
+    """Return one tensor per field; `xp` is NumPy or `keras.ops`, `x` float32."""
+    magnitude = xp.abs(x)
+    finite = magnitude < float("inf")
+    nonzero = xp.logical_and(finite, magnitude > 0)
 
     def count(condition):
-        return ops.sum(ops.cast(condition, "float32"))
+        return xp.sum(xp.where(condition, 1.0, 0.0), axis=axis)
 
-    return ops.stack(
-        [
-            size,
-            size - count(finite),
-            count(ops.logical_and(finite, magnitude >= _ROUNDS_TO_INFINITY)),
-            count(_between(magnitude, _ROUNDS_TO_ZERO, _SMALLEST_NORMAL)),
-            count(ops.logical_and(nonzero, magnitude <= _ROUNDS_TO_ZERO)),
-            count(ops.equal(magnitude, 0)),
-            ops.max(ops.where(finite, magnitude, 0.0), initial=0.0),
-            ops.min(ops.where(nonzero, magnitude, float("inf")), initial=float("inf")),
-        ]
-    )
+    def between(low, high):
+        return xp.logical_and(magnitude > low, magnitude < high)
+
+    largest = xp.max(xp.where(finite, magnitude, 0.0), axis=axis)
+    # A size that TensorFlow knows only when it runs is a tensor.
+    sizes = x.shape if None not in x.shape else ops.shape(x)
+    values = math.prod(sizes[i] for i in axis)
+    values = values if isinstance(values, int) else ops.cast(values, "float32")
+    return [
+        xp.ones_like(largest) * values,
+        count(xp.logical_not(finite)),
+        count(xp.logical_and(finite, magnitude >= ROUNDS_TO_INFINITY)),
+        count(between(ROUNDS_TO_ZERO, SMALLEST_NORMAL)),
+        count(xp.logical_and(nonzero, magnitude <= ROUNDS_TO_ZERO)),
+        count(xp.equal(magnitude, 0)),
+        largest,
+        xp.min(xp.where(nonzero, magnitude, float("inf")), axis=axis),
+    ]
+
+
+def _nothing(xp, shape):
+    """Return what `measure` finds in no values, once for each of `shape`."""
+    fields = xp.zeros((len(FIELDS) - 1, *shape), "float32")
+    none = xp.full((1, *shape), float("inf"), dtype="float32")
+    return xp.concatenate([fields, none])
 
 
 def merged(rows: Sequence[Sequence[float]]) -> Range | None:
@@ -127,7 +222,3 @@ def merged(rows: Sequence[Sequence[float]]) -> Range | None:
         max_abs=max(row["max_abs"] for row in rows),
         min_abs=None if smallest == float("inf") else smallest,
     )
-
-
-def _between(magnitude, low, high):
-    return ops.logical_and(magnitude > low, magnitude < high)

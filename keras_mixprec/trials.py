@@ -21,7 +21,6 @@ from keras_mixprec.dry_run import dry_run
 from keras_mixprec.layer_errors import own_errors
 from keras_mixprec.layer_ranges import bytes_per_example
 from keras_mixprec.layer_ranges import described
-from keras_mixprec.layer_ranges import measured
 from keras_mixprec.precision_plan import HALF
 from keras_mixprec.precision_plan import PrecisionPlan
 from keras_mixprec.precisions import preserved
@@ -230,8 +229,10 @@ class Trials:
             for call, upstream in zip(self._exact[i].calls, gradients, strict=True):
                 path = self.places[id(call.layer)].path
                 forward, back, sizes = rows.setdefault(path, ([], [], []))
-                forward += map(measured, flat_floats(call.outputs))
-                back += [measured(up * self.initial_scale) for up in upstream]
+                forward += map(ranges.measure_array, flat_floats(call.outputs))
+                back += [
+                    ranges.measure_array(up * self.initial_scale) for up in upstream
+                ]
                 sizes.append(bytes_per_example(call.outputs))
         return {path: described(*found) for path, found in rows.items()}
 

@@ -345,6 +345,17 @@ def test_curves_hold_the_logs():
     assert list(axes["memory"].lines[0].get_ydata()) == SCALED["host_memory_mb"]
 
 
+def test_plan_changes_of_adaptive_precision_are_drawn():
+    logs = {"float32_layers": [1, 2, 2, 1], "precision_changes": [0, 1, 0, 1]}
+    axes = drawn([run(loss=[1.0] * 4, **logs), run("b", loss=[1.0])])
+    assert list(axes) == ["loss", "plan"]
+    layers, changes = axes["plan"].lines[:2]
+    assert list(layers.get_xdata()) == [1, 2, 3, 4]
+    assert list(layers.get_ydata()) == [1, 2, 2, 1]
+    assert list(changes.get_xdata()) == [2, 4]
+    assert list(changes.get_ydata()) == [2, 1]
+
+
 def test_gpu_memory_is_preferred():
     logs = {**SCALED, "gpu_memory_peak_mb": [1.0, 2.0, 3.0, 4.0]}
     (line,) = drawn([run(**logs)])["memory"].lines

@@ -6,6 +6,7 @@
 `wrap_train_step`   a train step that is committed or rolled back whole
 `is_chief`          whether this process speaks for those that train together
 `sees_whole_loss`   whether a train step sees the loss of the whole batch
+`carrier`           what brings statistics of layers' outputs to the optimizer
 `gradients`         of a function, eagerly, by variables and by tensors
 `memory_info`       bytes in use and at the peak, per accelerator
 `reset_peak_memory` start the peak anew

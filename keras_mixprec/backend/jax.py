@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import keras
 
+from keras_mixprec import ranges
 from keras_mixprec.backend import LARGEST_NORM
 from keras_mixprec.backend import LARGEST_SCALED_NORM
 from keras_mixprec.backend.blame import blame_loss
+from keras_mixprec.backend.gradient_carrier import GradientCarrier
 from keras_mixprec.backend.shapes import group_by_shape
 from keras_mixprec.backend.shapes import order
 
@@ -131,6 +133,16 @@ def gradients(function, variables, tensors):
 
     values = [v.value for v in variables]
     return jax.grad(value, argnums=(0, 1))(values, list(tensors))
+
+
+def carrier(paths, calls):
+    return GradientCarrier(paths, calls, _partial)
+
+
+def _partial(x):
+    # XLA joins reductions of one tensor in one kernel, but not those of what a Triton
+    # kernel of its own wrote. Behind a barrier it cannot tell.
+    return ranges.partial(x, jax.lax.optimization_barrier)
 
 
 def _devices():

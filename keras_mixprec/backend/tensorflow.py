@@ -5,9 +5,12 @@ import functools
 import threading
 
 import tensorflow as tf
+from tensorflow.compiler.tf2xla.python import xla as xla_ops
 
+from keras_mixprec import ranges
 from keras_mixprec.backend import stateful
 from keras_mixprec.backend import tensorflow_replicas
+from keras_mixprec.backend.gradient_carrier import GradientCarrier
 from keras_mixprec.backend.tensorflow_overflow import flags
 from keras_mixprec.backend.tensorflow_overflow import flags_by_shape
 
@@ -204,6 +207,28 @@ def gradients(function, variables, tensors):
     found = tape.gradient(value, [*values, *tensors])
     found = [g if g is None else tf.convert_to_tensor(g) for g in found]
     return found[: len(values)], found[len(values) :]
+
+
+def carrier(paths, calls):
+    return GradientCarrier(paths, calls, _partial)
+
+
+def _partial(x):
+    if _xla():
+        # XLA joins reductions of one tensor in one kernel, but not those of what a
+        # Triton kernel of its own wrote. Behind a barrier it cannot tell.
+        return ranges.partial(x, lambda x: xla_ops.optimization_barrier(x)[0])
+    if _gpus() and not tf.executing_eagerly():
+        # Op by op a GPU would wait for thirty launches.
+        return _compiled_partial(x)
+    return ranges.partial(x)
+
+
+@functools.partial(
+    tf.function, jit_compile=True, autograph=False, reduce_retracing=False
+)
+def _compiled_partial(x):
+    return ranges.partial(x)
 
 
 def _gpus():

@@ -7,6 +7,7 @@ import torch
 from keras_mixprec.backend import LARGEST_NORM
 from keras_mixprec.backend import LARGEST_SCALED_NORM
 from keras_mixprec.backend import stateful
+from keras_mixprec.backend.torch_carrier import PendingCarrier as carrier  # noqa: F401
 
 # Of every size of element there is; two int64 make one complex128.
 _INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32}

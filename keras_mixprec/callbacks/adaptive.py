@@ -9,11 +9,8 @@ import os
 
 import keras
 
-from keras_mixprec.attribution import OverflowCounters
-from keras_mixprec.attribution import attribute
-from keras_mixprec.attribution import read_counters
-from keras_mixprec.callbacks.inspector import OverflowInspector
 from keras_mixprec.callbacks.order import stand_first
+from keras_mixprec.callbacks.scout import Scout
 from keras_mixprec.convert import convert
 from keras_mixprec.hardware import has_bfloat16
 from keras_mixprec.hysteresis import Hysteresis
@@ -22,7 +19,8 @@ from keras_mixprec.hysteresis import PrecisionChange
 from keras_mixprec.precision_plan import HALF
 from keras_mixprec.present import present_plan
 from keras_mixprec.recompile import change_in_training
-from keras_mixprec.transaction import loss_scale_optimizers
+from keras_mixprec.trouble import Counters
+from keras_mixprec.trouble import largest_outputs
 
 _logger = logging.getLogger("keras_mixprec")
 
@@ -42,11 +40,12 @@ class AdaptivePrecision(keras.callbacks.Callback):
     calm for twice as long, one troubled epoch is enough to send it back, and nothing
     comes back in the last third of a run: so the plan settles. Each change takes place
     between two epochs, which compiles the train step once more, keeps the optimizer's
-    state, and is logged. Two inspectors do not get along: leave `OverflowInspector`
-    out of the same run.
+    state, and is logged. An `OverflowInspector` in the same run shares what is compiled
+    to measure.
 
     The logs get `float32_layers`, the number of layers that are in float32, and
-    `precision_changes`, those of this epoch; `plot` draws them.
+    `precision_changes`, those of this epoch; `mp.report` draws both, and `plot` which
+    layer changed when.
 
     Example:
 
@@ -87,9 +86,8 @@ class AdaptivePrecision(keras.callbacks.Callback):
         self.changes: list[PrecisionChange] = []
         self._rule = HysteresisRule(int(patience), int(calm_epochs), headroom)
         self._hysteresis = Hysteresis(self._rule)
-        self._scout = _Scout()
-        self._counters_before = OverflowCounters({})
-        self._steps_before = (0, 0)
+        self._scout = Scout()
+        self._counters: Counters | None = None
 
     def set_params(self, params: dict) -> None:
         """Take the parameters of the run, as Keras hands them out."""
@@ -111,7 +109,7 @@ class AdaptivePrecision(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         """Note where the optimizers' counters stand."""
         self._scout.on_epoch_begin(epoch, logs)
-        self._counters_before, self._steps_before = self._counters(), self._steps()
+        self._counters = Counters(self.model)
 
     def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
         """Have the coming batch measured, or not."""
@@ -120,13 +118,14 @@ class AdaptivePrecision(keras.callbacks.Callback):
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         """Read ranges and counts; change the plan if they ask for it."""
         self._scout.on_epoch_end(epoch, logs)
-        frames, self._scout.report.frames = self._scout.report.frames, []
+        frames = self._scout.take_frames()
         plan = present_plan(self.model)
         policies = {row.path: row.policy for row in plan}
-        blamed = self._blamed(frames, {p for p, n in policies.items() if n in HALF})
+        half = {path for path, name in policies.items() if name in HALF}
+        blamed = self._counters.blamed(frames, half, self.max_overflow_share)
         epochs = self.params.get("epochs") or math.inf
         changes = self._hysteresis.after_epoch(
-            epoch, epochs, policies, blamed, _largest(frames), self._fallback
+            epoch, epochs, policies, blamed, largest_outputs(frames), self._fallback
         )
         self._scout.hunting = blamed is not None and not changes
         self._carry_out(plan, changes)
@@ -152,38 +151,6 @@ class AdaptivePrecision(keras.callbacks.Callback):
 
         draw(self.changes, int(self.params.get("epochs") or 0), path)
 
-    # -- trouble --------------------------------------------------------------------
-
-    def _blamed(self, frames, half) -> str | None:
-        """Return the layer to blame, "" if none is known, None without trouble."""
-        for frame in frames:
-            for path, r in frame.of_kind("activation").items():
-                if r.nonfinite and path in half:
-                    return path
-        skipped, applied = self._steps()
-        skipped, applied = (
-            skipped - self._steps_before[0],
-            applied - self._steps_before[1],
-        )
-        if skipped <= max(1, self.max_overflow_share * (skipped + applied)):
-            return None
-        if not any(frame.overflowed for frame in frames):
-            return ""  # Somewhere, in a batch that was not looked at.
-        since = self._counters() - self._counters_before
-        nearest = attribute(self.model, since).spread
-        return next((path for path in nearest if path in half), "")
-
-    def _counters(self):
-        return read_counters(loss_scale_optimizers(self.model))
-
-    def _steps(self):
-        optimizers = [o for o in loss_scale_optimizers(self.model) if o.built]
-        applied = [
-            int(keras.ops.convert_to_numpy(o.inner_optimizer.iterations))
-            for o in optimizers
-        ]
-        return sum(o.overflow_count for o in optimizers), sum(applied)
-
     # -- changes --------------------------------------------------------------------
 
     def _fallback(self, policy):
@@ -204,36 +171,6 @@ class AdaptivePrecision(keras.callbacks.Callback):
         if changes:
             model = self.model
             change_in_training(model, functools.partial(convert, model, plan=plan))
-
-
-class _Scout(OverflowInspector):
-    """Looks at each epoch's first batch; while it hunts, at all until one overflows."""
-
-    def __init__(self):
-        super().__init__(batches=[0])
-        self.hunting = False
-
-    def _wants(self, batch):
-        return self.hunting or super()._wants(batch)
-
-    def on_train_batch_begin(self, batch, logs=None):
-        if self.hunting and len(self._pending) >= 16:
-            self._read()
-        super().on_train_batch_begin(batch, logs)
-
-    def _keep(self, frames):
-        self.report.frames += frames
-        self.hunting = self.hunting and not any(f.overflowed for f in frames)
-
-
-def _largest(frames):
-    """Return path -> the largest output, inf where one is beyond float16."""
-    found: dict[str, float] = {}
-    for frame in frames:
-        for path, r in frame.of_kind("activation").items():
-            size = math.inf if r.overflows else r.max_abs
-            found[path] = max(size, found.get(path, 0.0))
-    return found
 
 
 def _in_float32(plan):

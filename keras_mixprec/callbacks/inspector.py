@@ -1,6 +1,5 @@
 """`OverflowInspector`: which layers leave float16's range, forward and backward."""
 
-import collections
 import fnmatch
 import logging
 import numbers
@@ -9,6 +8,7 @@ from typing import Any
 
 import keras
 
+from keras_mixprec.inspection import inspection_of
 from keras_mixprec.instrument import Instrument
 from keras_mixprec.range_report import Frame
 from keras_mixprec.range_report import RangeReport
@@ -33,7 +33,8 @@ class OverflowInspector(keras.callbacks.Callback):
     Every other batch runs the model's own train function: at no cost at all. A
     batch that is looked at runs a twin of it, compiled by itself, that computes the
     same and measures; nothing is read from the device before the end of the epoch, or,
-    while waiting for an overflow, every 16 executions.
+    while waiting for an overflow, every 16 executions. Inspectors of one model share
+    the twin, that in `AdaptivePrecision` included.
 
     Example:
 
@@ -75,24 +76,50 @@ class OverflowInspector(keras.callbacks.Callback):
         default = None if self._waits else {0}
         self._batches = default if batches is None else _indices("batches", batches)
         self._frames = _positive("frames", frames)
-        self._calls = _positive("calls", calls)
+        self.calls = _positive("calls", calls)
         self._layers = _patterns(layers)
-        self._watched = self._instrument = self._plain = self._made_for = None
+        self._watched = self._inspection = None
         self._waiting = self._possible = self._owes = False
-        self._pending: collections.deque = collections.deque()
+        self._pending: list = []
+        self._kept: list = []
         self._epoch = self._batch = 0
-        self.report = RangeReport([])
+        self._report = RangeReport([])
+
+    @property
+    def report(self) -> RangeReport:
+        """The `RangeReport` of the frames that were kept."""
+        frames, self._kept = [*map(self._frame, self._kept)], []
+        self._report.frames = self._to_keep([*self._report.frames, *frames])
+        return self._report
+
+    def watches(self, path: str) -> bool:
+        """Return whether `layers` chooses a layer.
+
+        Args:
+            path: The layer, as in `mp.plan`.
+        """
+        return any(fnmatch.fnmatchcase(path, pattern) for pattern in self._layers)
+
+    def receive(self, log: Any, instrument: Instrument) -> None:
+        """Take what an execution measured, without reading it.
+
+        Args:
+            log: Tensor.
+            instrument: What reads it.
+        """
+        self._pending.append((self._epoch, self._batch, log, instrument))
 
     def on_train_begin(self, logs: dict | None = None) -> None:
         """Forget earlier runs, and see whether this model can be measured."""
         # Kept, because asking for `self.model` moves the state of a run on JAX.
         self._watched = self.model
-        self._disarm()
-        self._instrument, self._owes = None, False
-        self._waiting = self._waits
-        self._pending.clear()
-        self.report = RangeReport([])
+        self._owes, self._waiting = False, self._waits
+        self._pending, self._kept, self._report = [], [], RangeReport([])
         self._possible = self._can_measure(self._watched)
+        self._inspection = inspection_of(self._watched)
+        self._inspection.disarm(self)
+        if self._possible:
+            self._inspection.join(self)
 
     def on_epoch_begin(self, epoch: int, logs: dict | None = None) -> None:
         """Note which epoch it is."""
@@ -100,25 +127,25 @@ class OverflowInspector(keras.callbacks.Callback):
 
     def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
         """Have the coming batches measured, or not."""
-        if len(self._pending) >= _EXECUTIONS_BETWEEN_LOOKS and self._waiting:
+        if len(self._pending) >= _EXECUTIONS_BETWEEN_LOOKS and self._reads_early():
             self._read()
         self._batch = batch
         wanted = self._possible and (self._owes or self._wants(batch))
         # A model that the first step builds is looked at from the next one on.
         self._owes = wanted and not self._watched.built
         if wanted and not self._owes:
-            self._arm()
+            self._inspection.arm(self)
         else:
-            self._disarm()
+            self._inspection.disarm(self)
 
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         """Read what was measured."""
-        self._disarm()
+        self._inspection.disarm(self)
         self._read()
 
     def on_train_end(self, logs: dict | None = None) -> None:
         """Leave the model as it was."""
-        self._disarm()
+        self._inspection.leave(self)
 
     def _can_measure(self, model):
         strategy = getattr(model, "distribute_strategy", None)
@@ -140,68 +167,52 @@ class OverflowInspector(keras.callbacks.Callback):
         execution = range(batch, batch + self._watched.steps_per_execution)
         return not self._batches.isdisjoint(execution)
 
-    # -- the train function ---------------------------------------------------------
-
-    def _arm(self):
-        model = self._watched
-        if self._plain is not None:
-            return
-        # A new train function computes in other precisions: its twin must too.
-        if self._instrument is None or model.train_function is not self._made_for:
-            self._made_for = model.train_function
-            if not model.optimizer.built:
-                # Inside the first step its loss scale would be a constant.
-                model.optimizer.build(model.trainable_variables)
-            self._instrument = Instrument(model, self._is_chosen, self._calls)
-        self._plain = model.train_function
-        model.train_function = self._measure
-
-    def _disarm(self):
-        if self._plain is not None:
-            self._watched.train_function, self._plain = self._plain, None
-
-    def _measure(self, *args: Any) -> Any:
-        try:
-            result, log = self._instrument.run(*args)
-        except BaseException:
-            # A run that ends here must not leave its train function behind.
-            self._disarm()
-            raise
-        self._pending.append((self._epoch, self._batch, log))
-        return result
-
-    def _is_chosen(self, path):
-        return any(fnmatch.fnmatchcase(path, pattern) for pattern in self._layers)
+    def _reads_early(self):
+        return self._waiting
 
     # -- frames ---------------------------------------------------------------------
 
     def _read(self):
-        while self._pending:
-            frames = self._decoded(*self._pending.popleft())
-            self._keep(frames)
-
-    def _decoded(self, epoch, batch, log):
-        return [
-            Frame(
-                epoch,
-                batch + i,
-                scale,
-                {k: r for k, v in rows.items() if (r := merged(v)) is not None},
-            )
-            for i, (scale, rows) in enumerate(self._instrument.decode(log))
-        ]
-
-    def _keep(self, frames):
-        for frame in frames:
-            if not self._waits:
+        found = []
+        for epoch, batch, log, instrument in self._pending:
+            steps = instrument.steps(log)
+            found += [
+                (epoch, batch + i, step, instrument)
+                for i, step in enumerate(steps)
                 # Of an execution of several steps only those asked for.
-                if len(frames) == 1 or frame.batch in self._batches:
-                    self.report.frames.append(frame)
-            elif self._waiting:
-                self.report.frames = [*self.report.frames, frame][-self._frames :]
-                if frame.overflowed:
-                    self._waiting = False
-                    _logger.warning("First overflow.\n%s", self.report.table())
+                if len(steps) == 1 or self._is_asked_for(batch + i)
+            ]
+        self._pending = []
+        self._keep(found)
+
+    def _is_asked_for(self, batch):
+        return self._waits or batch in self._batches
+
+    def _keep(self, found):
+        if not self._waits or self._waiting:
+            until = self._first_overflow(found) if self._waits else None
+            self._waiting = self._waits and until is None
+            self._kept = self._to_keep([*self._kept, *found[:until]])
+            if until is not None:
+                _logger.warning("First overflow.\n%s", self.report.table())
+
+    def _first_overflow(self, found):
+        """Return the number of steps up to the first that overflowed, else None."""
+        flags = [self._overflowed(step, instrument) for *_, step, instrument in found]
+        return flags.index(True) + 1 if True in flags else None
+
+    def _overflowed(self, step, instrument):
+        return instrument.overflowed(step, self.watches)
+
+    def _to_keep(self, frames):
+        return frames[-self._frames :] if self._waits else frames
+
+    def _frame(self, found):
+        epoch, batch, step, instrument = found
+        scale, rows = instrument.decode(step, self.watches, self.calls)
+        measured = {key: merged(values) for key, values in rows.items()}
+        known = {key: r for key, r in measured.items() if r is not None}
+        return Frame(epoch, batch, scale, known)
 
 
 def _indices(name, values):

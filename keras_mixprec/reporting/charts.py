@@ -1,4 +1,4 @@
-"""The charts of a report: loss, loss scale, overflows, memory."""
+"""The charts of a report: loss, loss scale, overflows, memory, plan changes."""
 
 import io
 import math
@@ -90,6 +90,11 @@ def charts(runs: list[Run]) -> list[Chart]:
                 "tensor_cores", "Tensor cores", note, lambda ax, t: _busy(ax, runs, t)
             )
         )
+    if any("float32_layers" in run.logs for run in runs):
+        note = "At the end of each epoch; a diamond where the plan changed."
+        found.append(
+            Chart("plan", "Layers in float32", note, lambda ax, t: _plan(ax, runs, t))
+        )
     return found
 
 
@@ -110,11 +115,11 @@ def _picture(charts, columns, theme, file_format, titles):
     rows = math.ceil(len(charts) / columns)
     with matplotlib.rc_context({**style(theme), "svg.hashsalt": charts[0].name}):
         figure = Figure(figsize=(4.6 * columns, 3 * rows), layout="constrained")
-        axes = figure.subplots(rows, columns, squeeze=False).flat
+        axes = figure.subplots(rows, columns, squeeze=False).ravel()
         for chart, ax in zip(charts, axes, strict=False):
             chart.draw(ax, theme)
             finish(ax, chart.title if titles else "", chart.per_epoch)
-        for ax in list(axes)[len(charts) :]:
+        for ax in axes[len(charts) :]:
             ax.set_axis_off()
         file = io.BytesIO()
         metadata = {"Date": None} if file_format == "svg" else {}
@@ -199,6 +204,23 @@ def _busy(ax, runs, theme):
                 _line(ax, run.logs[key], _color(theme, i), label, dashes)
     ax.set_ylim(0, 105)
     ax.set_ylabel("percent")
+    legend(ax)
+
+
+def _plan(ax, runs, theme):
+    from matplotlib.ticker import MaxNLocator
+
+    for i, run in enumerate(runs):
+        layers = run.logs.get("float32_layers", {})
+        changes = run.logs.get("precision_changes", {})
+        color = _color(theme, i)
+        places, counts = list(layers), list(layers.values())
+        ax.plot(places, counts, color=color, label=run.label, drawstyle="steps-mid")
+        changed = [epoch for epoch in layers if changes.get(epoch)]
+        heights = [layers[epoch] for epoch in changed]
+        ax.plot(changed, heights, "D", color=color, markersize=6, label="_")
+    ax.set_ylim(bottom=0)
+    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     legend(ax)
 
 

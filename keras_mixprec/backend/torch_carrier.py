@@ -1,0 +1,179 @@
+"""Statistics of many tensors at once: torch launches, it does not fuse.
+
+Layers only hand over what they output; hooks, its gradients. They are measured
+together, some tens at a time, so that a step takes some hundred launches more and not
+some ten thousand.
+"""
+
+import dataclasses
+import functools
+import math
+import operator
+
+import torch
+
+from keras_mixprec.ranges import FIELDS
+from keras_mixprec.ranges import ROUNDS_TO_INFINITY
+from keras_mixprec.ranges import ROUNDS_TO_ZERO
+from keras_mixprec.ranges import SMALLEST_NORMAL
+
+_INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+# Values in a row; rows are measured in one call, then added up by tensor.
+_COLUMNS = 1024
+# Bytes that wait before they are measured. Meanwhile they take about four times that.
+_WAITING = 2**28
+
+
+class PendingCarrier:
+    """Collects what layers output, and the gradients of that, and measures it.
+
+    Args:
+        paths: Strings, of the layers.
+        calls: Int, how many calls or outputs of a layer to measure in a step.
+    """
+
+    # Python hooks would break a compiled graph into pieces.
+    compiles = False
+    variables: list = []
+
+    def __init__(self, paths: list, calls: int):
+        self._calls, self._taps = calls, 2 * calls * len(paths)
+        self._layouts: dict = {}
+        self.start()
+
+    def start(self):
+        """Begin a step."""
+        self._waiting: dict = {}
+        self._found: list = []
+
+    def tap(self, layer: int, call: int, x):
+        """Return `x`, which is measured."""
+        row = 2 * (layer * self._calls + call)
+        # A copy: code may go on to write into it (`x += y`).
+        self._take(row, x.detach().clone())
+        if x.requires_grad:
+            x.register_hook(lambda gradient: self._take(row + 1, gradient))
+        return x
+
+    @torch.no_grad()
+    def rows(self, gradient_of, weights):
+        """Return the statistics of a step: one row for each tensor.
+
+        Args:
+            gradient_of: Not used: there are no probes.
+            weights: List of gradients of weights, `None` where there is none.
+
+        Returns:
+            float32 tensor of shape `(2 * layers * calls + weights, len(FIELDS))`.
+        """
+        for i, gradient in enumerate(weights):
+            if gradient is not None:
+                self._take(self._taps + i, gradient)
+        for dtype in list(self._waiting):
+            self._measure(dtype)
+        places = [i for members, _ in self._found for i in members]
+        if not places:
+            return torch.zeros(self._taps + len(weights), len(FIELDS))
+        found = torch.cat([rows for _, rows in self._found])
+        rows = found.new_zeros(self._taps + len(weights), len(FIELDS))
+        rows[self._kept(("rows", *places), lambda: places, found.device)] = found
+        self.start()
+        return rows
+
+    def _take(self, row, x):
+        if x.element_size() not in _INTEGER:
+            x = x.float()
+        waiting = self._waiting.setdefault((x.dtype, x.device), _Waiting([], [], 0))
+        waiting.rows.append(row)
+        waiting.tensors.append(x)
+        waiting.bytes += x.nbytes
+        if waiting.bytes >= _WAITING:
+            self._measure((x.dtype, x.device))
+
+    @torch.no_grad()
+    def _measure(self, kind):
+        waiting, (dtype, device) = self._waiting.pop(kind), kind
+        sizes = [x.numel() for x in waiting.tensors]
+        layout = self._kept(("layout", *sizes), lambda: _layout(sizes), device)
+        values = self._kept(("values", *sizes), lambda: sizes, device)
+        filler = torch.full((_COLUMNS,), torch.nan, dtype=dtype, device=device)
+        pieces = []
+        for x, size in zip(waiting.tensors, sizes, strict=True):
+            pieces.append(x.reshape(-1))
+            if size % _COLUMNS:
+                pieces.append(filler[: -size % _COLUMNS])
+        rows = torch.cat(pieces).reshape(-1, _COLUMNS)
+        self._found.append((waiting.rows, _statistics(rows, layout, values)))
+
+    def _kept(self, key, make, device):
+        # Every step has the same shapes: their layout goes to the device once.
+        key = (*key, device)
+        if key not in self._layouts:
+            self._layouts[key] = torch.tensor(make(), device=device)
+        return self._layouts[key]
+
+
+@dataclasses.dataclass
+class _Waiting:
+    rows: list
+    tensors: list
+    bytes: int
+
+
+def _layout(sizes):
+    """Return, for each row, the number of the tensor that it belongs to."""
+    return [i for i, size in enumerate(sizes) for _ in range(-(-size // _COLUMNS))]
+
+
+def _statistics(rows, layout, values):
+    """Return float32 of shape `(tensors, len(FIELDS))`; NaN beyond `values` fills rows.
+
+    On the bit patterns: those of magnitudes are ordered as the magnitudes are, and half
+    precision takes half the memory of a float32 copy.
+    """
+    kind, limits = rows.dtype, _limits(rows.dtype)
+    bits = rows.view(_INTEGER[rows.element_size()])
+    bits &= torch.iinfo(bits.dtype).max
+    infinity = limits[-1]
+    below = {n: (bits < n).sum(1) for n in dict.fromkeys(limits)}
+    largest = bits.where(bits < infinity, 0).amax(1)
+    smallest = bits.where(bits > 0, infinity).amin(1).clamp(max=infinity)
+    count = values.new_zeros(len(values), len(limits))
+    count.index_add_(0, layout, torch.stack([below[n] for n in limits], 1))
+    zero, to_zero, subnormal, normal, finite = count.unbind(1)
+
+    def magnitude(found, start, reduce):
+        whole = values.new_full((len(values),), start)
+        whole.scatter_reduce_(0, layout, found.long(), reduce)
+        return whole.to(bits.dtype).view(kind).float()
+
+    fields = {
+        "values": values,
+        "nonfinite": values - finite,
+        "beyond": finite - normal,
+        "subnormal": subnormal - to_zero,
+        "to_zero": to_zero - zero,
+        "zero": zero,
+        "max_abs": magnitude(largest, 0, "amax"),
+        "min_abs": magnitude(smallest, infinity, "amin"),
+    }
+    return torch.stack([fields[name].float() for name in FIELDS], 1)
+
+
+@functools.lru_cache
+def _limits(dtype):
+    """Return the bit patterns below which a magnitude is 0, is 0 in float16, ...
+
+    ... is subnormal in it or 0, is finite in it, is finite.
+    """
+    above_zero = _pattern(ROUNDS_TO_ZERO, dtype, operator.gt)
+    normal = _pattern(SMALLEST_NORMAL, dtype, operator.ge)
+    beyond = _pattern(ROUNDS_TO_INFINITY, dtype, operator.ge)
+    return 1, above_zero, normal, beyond, _pattern(math.inf, dtype, operator.ge)
+
+
+def _pattern(value, dtype, compare):
+    """Return the first bit pattern of `dtype` whose value compares so with `value`."""
+    nearest = torch.tensor(value, dtype=torch.float64).to(dtype)
+    bits = int(nearest.view(_INTEGER[nearest.element_size()]))
+    return bits if compare(float(nearest), value) else bits + 1
