@@ -29,6 +29,11 @@ def import_keras() -> None:
     try:
         with _without_notes():
             import keras_mixprec  # noqa: F401
+            from keras_mixprec.backend import engine
+
+            # TensorFlow looks for devices when they are first asked for, and writes
+            # that it found none; `doctor` says so in words.
+            engine.accelerator()
     except ModuleNotFoundError as error:
         if error.name != backend:
             raise
