@@ -233,12 +233,23 @@ def test_a_sample_builds_it():
     assert [x.compute_dtype for x in model.layers] == ["float16", "float32"]
 
 
-def test_quantized_layers_stay_as_they_are():
-    model = functional()
-    model.layers[1].quantize("int8")
-    wanted = outputs(model, vectors())
-    kernel = model.layers[1].get_weights()
+@pytest.mark.parametrize("name", ["Dense", "EinsumDense", "Embedding"])
+def test_quantized_layers_stay_as_they_are(name):
+    ids = name == "Embedding"
+    make = {
+        "Dense": lambda: layers.Dense(8),
+        "EinsumDense": lambda: layers.EinsumDense("ab,bc->ac", 8),
+        "Embedding": lambda: layers.Embedding(8, 8),
+    }
+    quantized = make[name]()
+    x = keras.Input((8,), dtype="int32" if ids else "float32")
+    y = layers.Flatten()(quantized(x))
+    model = keras.Model(x, layers.Dense(2)(layers.Dense(8, activation="relu")(y)))
+    quantized.quantize("int8")
+    sample = np.arange(16).reshape(2, 8) % 8 if ids else vectors()
+    wanted, weights = outputs(model, sample), quantized.get_weights()
     convert(model)
-    assert model.layers[1].dtype_policy.name == "int8_from_float32"
-    np.testing.assert_equal(model.layers[1].get_weights(), kernel)
-    assert error(outputs(model, vectors()), wanted) < 2e-2
+    assert quantized.dtype_policy.name == "int8_from_float32"
+    assert model.layers[-2].compute_dtype == "float16"
+    np.testing.assert_equal(quantized.get_weights(), weights)
+    assert error(outputs(model, sample), wanted) < 2e-2

@@ -8,8 +8,8 @@ from keras import layers
 from keras_mixprec.convert import convert
 from keras_mixprec.convert import to_float32
 
-ON_TENSORFLOW = keras.config.backend() == "tensorflow"
-tensorflow_only = pytest.mark.skipif(not ON_TENSORFLOW, reason="exports TensorFlow's")
+BACKEND = keras.config.backend()
+tensorflow_only = pytest.mark.skipif(BACKEND != "tensorflow", reason="TensorFlow's own")
 
 # What the converters themselves warn of.
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -35,7 +35,7 @@ def exported(model, images):
     return to_float32(convert(model)), wanted
 
 
-@tensorflow_only
+@pytest.mark.skipif(BACKEND == "torch", reason="Keras needs torch_xla for that")
 def test_saved_model(exported, images, tmp_path):
     tf = pytest.importorskip("tensorflow")
     model, wanted = exported
@@ -73,7 +73,7 @@ def test_litert(exported, images, tmp_path):
 def test_onnx(exported, images, tmp_path):
     runtime = pytest.importorskip("onnxruntime")
     needs = {"tensorflow": "tf2onnx", "jax": "jax2onnx", "torch": "onnxscript"}
-    pytest.importorskip(needs[keras.config.backend()])
+    pytest.importorskip(needs[BACKEND])
     model, wanted = exported
     model.export(tmp_path / "model.onnx", format="onnx", verbose=False)
     session = runtime.InferenceSession(str(tmp_path / "model.onnx"))
