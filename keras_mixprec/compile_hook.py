@@ -90,17 +90,28 @@ def computes_in_float16(model: keras.Model) -> bool:
 
 def unscaled_message(model: keras.Model) -> str | None:
     """Return what to do if `model` computes in float16 and nothing scales its loss."""
-    scaled = any(
-        isinstance(value, keras.optimizers.LossScaleOptimizer)
-        for value in vars(model).values()
-    )
-    if scaled or not computes_in_float16(model):
+    if not computes_in_float16(model):
         return None
-    return (
+    problem = (
         f"Model '{model.name}' computes in float16 but its loss is not scaled: small "
         "gradients become 0. Mend it with "
-        "`model.compile(mp.LossScaleOptimizer(model.optimizer), ...)`."
     )
+    optimizers = {
+        name: isinstance(value, keras.optimizers.LossScaleOptimizer)
+        for name, value in vars(model).items()
+        if isinstance(value, keras.optimizers.Optimizer)
+    }
+    bare = [n for n, scales in optimizers.items() if n != "optimizer" and not scales]
+    if bare and type(model).train_step is not keras.Model.train_step:
+        # Which of its losses belongs to which, only the model's own step knows.
+        return problem + (
+            "; ".join(f"`model.{n} = mp.LossScaleOptimizer(model.{n})`" for n in bare)
+            + ", and in `train_step` take the gradients of "
+            f"`self.{bare[0]}.scale_loss(loss)`."
+        )
+    if any(optimizers.values()):
+        return None
+    return problem + "`model.compile(mp.LossScaleOptimizer(model.optimizer), ...)`."
 
 
 def scaling_optimizer(

@@ -63,6 +63,8 @@ def _recompile_one(model, initial_scale):
         model.compile(**{**config.config, "optimizer": optimizer})
     else:  # A `compile` of the user's own: its arguments are not known.
         model.optimizer = optimizer
+        if _lacks_transaction(model):
+            transaction.attach(model)
 
 
 def _renew_train_step(model):

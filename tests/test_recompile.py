@@ -116,6 +116,35 @@ def test_a_compile_of_the_users_own():
     assert inner is sgd
 
 
+def test_a_gan_that_was_compiled_before_is_told_what_to_scale():
+    class Gan(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = layers.Dense(2)
+            self.head = layers.Dense(1, dtype="float32")
+
+        def call(self, x):
+            return self.head(self.dense(x))
+
+        def compile(self, d_optimizer, g_optimizer):
+            super().compile(optimizer=None, loss="mse")
+            self.d_optimizer, self.g_optimizer = d_optimizer, g_optimizer
+
+        def train_step(self, *args):
+            raise NotImplementedError
+
+    model = Gan()
+    model(vectors())
+    model.compile(keras.optimizers.Adam(), mp.LossScaleOptimizer("adam"))
+    convert(model)
+    line = r"`model.d_optimizer = mp.LossScaleOptimizer\(model.d_optimizer\)`, and in"
+    with (
+        pytest.warns(UserWarning, match=line),
+        pytest.raises((NotImplementedError, AttributeError)),
+    ):
+        model.fit(vectors(), vectors()[:, :1], verbose=0)
+
+
 def test_models_inside_are_compiled_anew_too():
     inner = functional()
     inner.compile("sgd", "mse")
