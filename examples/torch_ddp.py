@@ -123,6 +123,7 @@ def main(epochs: int, backup: str, full: bool = False):
                 ChiefBackup(backup, rank == 0),
             ],
         )
+    dist.barrier()  # Nobody leaves while another still waits for it.
     dist.destroy_process_group()
 
 

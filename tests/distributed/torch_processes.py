@@ -115,4 +115,5 @@ def curve(inner, **options):
 if __name__ == "__main__":
     start()
     globals()[sys.argv[1]](*sys.argv[2:])
+    dist.barrier()  # Nobody leaves while another still waits for it.
     dist.destroy_process_group()
