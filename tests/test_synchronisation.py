@@ -38,6 +38,11 @@ def jax_transfers(monkeypatch):
     yield seen
 
 
+# Until 3.13 Keras reads the two logs of each step on torch; rolled back, again.
+VERSION = tuple(map(int, keras.__version__.split(".")[:2]))
+READS_LOGS = BACKEND == "torch" and VERSION < (3, 14)
+
+
 @contextlib.contextmanager
 def torch_transfers(monkeypatch):
     import torch
@@ -86,7 +91,8 @@ def test_a_step_costs_no_transfer_that_keras_does_not_make(monkeypatch, tmp_path
     monitor = [mp.MixedPrecisionMonitor(verbose=1, json_lines=tmp_path / "log.jsonl")]
     with_ours = [count(ours, steps, monitor, monkeypatch) for steps in (4, 12)]
     # What remains per epoch is the monitor's reading, whatever the number of steps.
-    assert with_ours[1] - with_ours[0] == without[1] - without[0]
+    more = 2 * (12 - 4) * 2 if READS_LOGS else 0
+    assert with_ours[1] - with_ours[0] == without[1] - without[0] + more
     assert with_ours[0] > without[0]
     assert ours.optimizer.overflow_count == 6
 
