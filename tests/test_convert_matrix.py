@@ -15,6 +15,7 @@ from conversion_check import check
 from conversion_hub import HUB
 from conversion_layers import LAYERS
 from conversion_layers import LEFT_OUT
+from support import SLOW_ON_JAX
 
 QUICK = [
     *(name for name in CASES if name.startswith("styles/")),
@@ -23,9 +24,8 @@ QUICK = [
     "layers/GroupQueryAttention",
     "layers/SpectralNormalization",
     "applications/MobileNetV3Small",
-    "hub/LlamaBackbone",
-    "hub/T5Backbone",
 ]
+QUICK_HUB = ["hub/LlamaBackbone", "hub/T5Backbone"]
 # Whose products of float16 matrices with float32 sums JAX does not have on CPUs.
 ATTENDS = ("Attention", "Block", "styles/", "hub/", "ConvNeXt")
 
@@ -53,14 +53,25 @@ def run_case(name):
     assert outcome.layers > 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", QUICK)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=SLOW_ON_JAX if "applications" in name else ())
+        for name in QUICK
+    ],
+)
 def test_quick(name):
     run_case(name)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", QUICK_HUB)
+def test_quick_of_keras_hub(name):
+    run_case(name)
+
+
 @pytest.mark.matrix
-@pytest.mark.parametrize("name", [name for name in CASES if name not in QUICK])
+@pytest.mark.parametrize("name", [n for n in CASES if n not in QUICK + QUICK_HUB])
 def test_all(name):
     third = list(CASES).index(name) % 3 == 0
     if keras.config.backend() != "tensorflow" and not third:
