@@ -75,8 +75,9 @@ def resolve_policy(policy: str) -> str:
     name = getattr(policy, "name", policy)
     if name == "auto":
         name, reason = hardware.best_policy()
-        # A library does not configure logging: the line must show as it is.
-        _logger.log(logging.INFO, "Policy %s: %s.", name, reason)
+        # A library does not configure logging, and Python shows `info` only to those
+        # who do: the line must show as it is.
+        _logger.warning("Policy %s: %s.", name, reason)
     if name not in POLICIES:
         raise ValueError(
             f"`policy` must be one of {', '.join(map(repr, POLICIES))} or 'auto'. "

@@ -137,7 +137,6 @@ def test_one_bad_batch_in_a_hundred(batch):
 
 
 def test_the_monitor_says_it(caplog):
-    caplog.set_level("INFO", logger="keras_mixprec")
     model, monitor = model_with("float32"), mp.MixedPrecisionMonitor(verbose=1)
     train(model, [LARGE], bad=[2], callbacks=[monitor])
     (said,) = [r.getMessage() for r in caplog.records if "Epoch 1" in r.getMessage()]

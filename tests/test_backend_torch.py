@@ -24,6 +24,7 @@ VALUES = [
     torch.tensor([7, -(2**62)], dtype=torch.int64),
     torch.tensor([True, False]),
     torch.tensor([1 - 2j, 3j], dtype=torch.complex128),
+    torch.tensor(1 - 2j, dtype=torch.complex128),
 ]
 
 

@@ -145,7 +145,6 @@ def test_only_the_chief_of_several_processes_says_anything(monkeypatch, caplog):
 
 
 def test_says_where_overflows_began_after_epochs_with_overflows_only(caplog):
-    caplog.set_level("INFO", logger="keras_mixprec")
     model = half_classifier()
     x, y = data(96, bad=range(32, 64))
     monitor = mp.MixedPrecisionMonitor(verbose=1)

@@ -133,7 +133,7 @@ def test_auto_follows_the_hardware(
 ):
     monkeypatch.setattr(hardware.engine, "accelerator", lambda: device)
     monkeypatch.setattr(hardware, "cpu_bfloat16_units", lambda: bfloat16_units)
-    with caplog.at_level(logging.INFO, logger="keras_mixprec"):
+    with caplog.at_level(logging.WARNING, logger="keras_mixprec"):
         assert mp.set_policy("auto") == policy
     assert reason in caplog.text
     assert keras.config.dtype_policy().name == policy

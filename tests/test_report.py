@@ -17,6 +17,7 @@ from keras_mixprec.attribution import Attribution
 from keras_mixprec.precision_plan import LayerPlan
 from keras_mixprec.precision_plan import PrecisionPlan
 from keras_mixprec.reporting.charts import charts
+from keras_mixprec.reporting.charts import draw_all
 from keras_mixprec.reporting.page import report
 from keras_mixprec.reporting.runs import Run
 from keras_mixprec.reporting.runs import read_runs
@@ -462,3 +463,21 @@ def test_a_missing_extra_is_named_before_anything_is_written(
     with pytest.raises(ImportError, match=rf"'{missing}'.*keras-mixprec\[report\]"):
         report(SCALED, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_an_odd_number_of_charts_leaves_no_empty_one_in_the_picture(monkeypatch):
+    from matplotlib.figure import Figure
+
+    figures, save = [], Figure.savefig
+
+    def savefig(figure, *args, **kwargs):
+        figures.append(figure)
+        return save(figure, *args, **kwargs)
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    found = charts(
+        read_runs({"loss": [2.0], "loss_scale": [4.0], "overflow_count": [0]})
+    )
+    assert len(found) % 2 == 1
+    draw_all(found)
+    assert sum(ax.axison for ax in figures[0].axes) == len(found)

@@ -109,10 +109,10 @@ def _views(values):
     groups = {}
     for value in values:
         kind = _INTEGER.get(value.element_size(), torch.int64)
-        view = value.detach().view(kind)
-        flat = view.is_contiguous()
-        views = groups.setdefault((kind, value.device, flat), [])
-        views.append(view.view(-1) if flat else view)
+        value, flat = value.detach(), value.is_contiguous()
+        # Flat first: a complex scalar has no other dimension to be two integers in.
+        view = (value.view(-1) if flat else value).view(kind)
+        groups.setdefault((kind, value.device, flat), []).append(view)
     return [
         (views, [v.numel() for v in views], flat)
         for (_, _, flat), views in groups.items()

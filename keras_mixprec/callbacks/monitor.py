@@ -161,7 +161,9 @@ summed over devices; per device too (`gpu_memory_mb_0`, ...) where there are sev
         where = attribute(self.model, self._counters_before - before)
         self._overflows[epoch] = where
         if self.verbose and engine.is_chief(self.model):
-            _logger.info("Epoch %d: %s", epoch + 1, describe(where, "this epoch"))
+            # Not `info`: Python shows that to nobody who has not asked logging for it.
+            said = describe(where, "this epoch")
+            _logger.warning("Epoch %d: %s", epoch + 1, said)
         return where
 
     def _counters(self):
