@@ -122,28 +122,30 @@ def next_state(
     Returns:
         The new `LossScaleState`; `min_scale <= scale <= max_scale` always.
     """
-    tracker = ops.where(finite, state.growth_tracker + 1, 0)
+    # Arithmetic with plain numbers, which every backend takes as they are; `ops.where`
+    # makes tensors of them, which torch copies to a GPU while the host waits.
+    applied = ops.cast(finite, state.growth_tracker.dtype)
+    skipped = 1 - applied
+    tracker = (state.growth_tracker + 1) * applied
     grow = tracker >= rule.growth_steps
-    back_off = ops.logical_and(
-        ops.logical_not(finite), ops.equal(state.hysteresis_left, 1)
-    )
+    back_off = ops.logical_and(ops.logical_not(finite), state.hysteresis_left <= 1)
     refill = finite if rule.consecutive_hysteresis else grow
-    left = ops.where(
-        finite, state.hysteresis_left, ops.maximum(state.hysteresis_left - 1, 1)
-    )
+    one = ops.ones_like(applied)
+    left = ops.maximum(state.hysteresis_left - skipped, one)
     return LossScaleState(
         scale=_next_scale(state.scale, grow, back_off, rule),
-        growth_tracker=ops.where(grow, 0, tracker),
-        hysteresis_left=ops.where(refill, rule.hysteresis, left),
-        overflow_count=state.overflow_count + ops.where(finite, 0, 1),
-        consecutive_overflows=ops.where(finite, 0, state.consecutive_overflows + 1),
+        growth_tracker=tracker * (1 - ops.cast(grow, tracker.dtype)),
+        hysteresis_left=ops.where(refill, one * rule.hysteresis, left),
+        overflow_count=state.overflow_count + skipped,
+        consecutive_overflows=(state.consecutive_overflows + 1) * skipped,
     )
 
 
 def _next_scale(scale, grow, back_off, rule):
     grown = ops.where(grow, scale * rule.growth_factor, scale)
     moved = ops.where(back_off, scale * rule.backoff_factor, grown)
-    return ops.clip(moved, rule.min_scale, rule.max_scale)
+    one = ops.ones_like(moved)
+    return ops.clip(moved, one * rule.min_scale, one * rule.max_scale)
 
 
 def _require_number(rule):

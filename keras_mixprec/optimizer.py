@@ -347,14 +347,15 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             self.overflow_counter,
             self.consecutive_counter,
         )
-        overflowed = ops.cast(ops.greater(flags, 0), self.variable_counters.dtype)
+        # Operators, not `ops`, wherever a plain number takes part: see `next_state`.
+        overflowed = ops.cast(flags, self.variable_counters.dtype)
         overflowed = self._by_variable(overflowed, variables)
         n = len(self._trainable_variables)
         places = ops.arange(1, n + 1, dtype=overflowed.dtype)
         # Backward, the last variable is the first that an overflow can reach.
         first = ops.max(overflowed * places)
         values = LossScaleState(*(ops.convert_to_tensor(v) for v in old))
-        new = next_state(values, ops.equal(first, 0), self.rule)
+        new = next_state(values, first < 1, self.rule)
         for variable, value in zip(old, new, strict=True):
             variable.assign(ops.cast(value, variable.dtype))
         began = ops.cast(ops.equal(places, first), overflowed.dtype)

@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 from support import SCALING
 from support import assert_same_bits
+from support import classifier
+from support import compiled
 from support import data
 from support import half_classifier
 from support import snapshot
@@ -15,6 +17,7 @@ if keras.backend.backend() != "torch":
 import torch  # noqa: E402
 
 from keras_mixprec.backend import engine  # noqa: E402
+from keras_mixprec.backend import torch_backup  # noqa: E402
 
 VALUES = [
     torch.tensor([1.5, -0.0, torch.nan, torch.inf]),
@@ -38,9 +41,8 @@ def spoil(variables):
             variable.value.fill_(torch.nan if variable.dtype[:5] == "float" else 1)
 
 
-@pytest.mark.parametrize("skipped", [True, False])
-def test_every_bit_comes_back_where_a_step_was_skipped(skipped):
-    variables = [
+def variables_of_every_kind():
+    return [
         keras.Variable(
             v.clone(memory_format=torch.preserve_format),
             dtype=str(v.dtype)[6:],
@@ -48,6 +50,71 @@ def test_every_bit_comes_back_where_a_step_was_skipped(skipped):
         )
         for v in VALUES
     ]
+
+
+@pytest.fixture
+def device_copies(monkeypatch):
+    """What only a GPU does: it copies on a condition. Yields the conditions."""
+    asked = []
+
+    def copy_unless(kept, targets, sources):
+        asked.append(float(kept))
+        for target, source in zip(targets, sources, strict=True):
+            assert target.dtype == source.dtype
+            assert target.dtype in (torch.float32, torch.float64)
+            if not kept:
+                target.copy_(source)
+
+    monkeypatch.setattr(torch_backup, "copy_unless", copy_unless)
+    monkeypatch.setattr(torch_backup, "copies_unless", lambda device: True)
+    return asked
+
+
+@pytest.mark.parametrize("skipped", [True, False])
+def test_what_the_device_copies_comes_back_in_every_bit(skipped, device_copies):
+    variables = variables_of_every_kind()
+    for _ in range(2):  # The second time in the memory that was kept.
+        before = bits(variables)
+        with torch_backup.undone_if(torch.tensor(skipped), variables):
+            spoil(variables)
+            spoiled = bits(variables)
+        assert bits(variables) == (before if skipped else spoiled)
+        assert before != spoiled
+        for variable, value in zip(variables, VALUES, strict=True):
+            variable.value.data.copy_(value)
+    # To and fro, for elements of 4 bytes and of 8, twice.
+    assert device_copies == [float(not skipped)] * 8
+
+
+def test_a_backup_takes_memory_only_during_a_step(device_copies):
+    variables = [keras.Variable(np.ones((3, 5), "float32")), keras.Variable(2.0)]
+
+    def held():
+        rooms = variables[0]._mixprec_backup._rooms
+        return sum(room._storage.nbytes() for room in rooms)
+
+    for _ in range(2):
+        with torch_backup.undone_if(torch.tensor(False), variables):
+            assert held() == 4 * 16
+        assert held() == 0
+
+
+def test_memory_that_an_update_exchanges_is_put_back_where_it_is_now(device_copies):
+    variables = [keras.Variable([1.0, 2.0]), keras.Variable([3.0])]
+    with torch_backup.undone_if(torch.tensor(True), variables):
+        variables[1]._value = torch.nn.Parameter(torch.tensor([4.0]))
+    assert variables[1].numpy().tolist() == [3.0]
+
+
+def test_only_a_device_that_copies_exactly_is_asked_to():
+    assert not torch_backup.copies_unless(torch.device("cpu"))
+    if torch.cuda.is_available():
+        assert torch_backup.copies_unless(torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize("skipped", [True, False])
+def test_every_bit_comes_back_where_a_step_was_skipped(skipped):
+    variables = variables_of_every_kind()
     for _ in range(2):  # The second time with views that were kept.
         before = bits(variables)
         saved = engine.read(variables)
@@ -70,7 +137,11 @@ def test_a_variable_that_got_other_memory_is_restored_there():
     assert variables[1].numpy().tolist() == [4.0]
 
 
-def test_a_skipped_step_leaves_everything_as_it_was_without_a_branch(monkeypatch):
+@pytest.mark.parametrize("by", ["select", "device"])
+def test_a_skipped_step_leaves_everything_as_it_was_without_a_branch(
+    by, monkeypatch, request
+):
+    asked = request.getfixturevalue("device_copies") if by == "device" else None
     monkeypatch.setattr(engine, "_free_to_read", lambda tensor: False)
     model = half_classifier(keras.optimizers.AdamW(0.01))
     x, y = data(64)
@@ -83,3 +154,29 @@ def test_a_skipped_step_leaves_everything_as_it_was_without_a_branch(monkeypatch
     assert model.optimizer.overflow_count == 2
     model.train_on_batch(x, y)
     assert int(model.optimizer.iterations) == 2
+    assert asked in (None, [1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0])
+
+
+def test_a_step_makes_no_tensor_of_a_constant_that_keras_does_not(monkeypatch):
+    # On a GPU each is copied there while the host waits for all that it launched.
+    monkeypatch.setattr(engine, "_free_to_read", lambda tensor: False)
+    x, y = data(8)
+
+    def constants(model):
+        model.train_on_batch(x, y)
+        made, as_tensor = [], torch.as_tensor
+
+        def counting(value, *args, **kwargs):
+            if isinstance(value, (bool, int, float)):
+                made.append(value)
+            return as_tensor(value, *args, **kwargs)
+
+        batch = [tuple(map(torch.as_tensor, (x, y)))]
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "as_tensor", counting)
+            model.train_function(batch)
+        return made
+
+    plain = constants(compiled(classifier()))
+    assert len(plain) > 0
+    assert len(constants(half_classifier())) == len(plain)

@@ -16,5 +16,6 @@ def blame_loss(losses, before, after):
     finite = [ops.all(ops.isfinite(value)) for value in losses]
     finite = finite[0] if len(finite) == 1 else ops.all(ops.stack(finite))
     # "Began here, the loss being finite" becomes "the loss being not".
-    blamed = before + ops.take(after - before, [0, 2, 1], axis=0)
+    step = after - before
+    blamed = before + ops.stack([step[0], step[2], step[1]])
     return ops.where(finite, after, blamed)

@@ -51,4 +51,4 @@ def wrap_train_step(transaction, read, restore_if, sees_whole_loss):
 def _counters(optimizer):
     # A sum, because a later assignment would show in the variable's own tensor. An
     # optimizer that nobody has used yet has skipped nothing.
-    return ops.add(optimizer.variable_counters, 0) if optimizer.built else 0
+    return optimizer.variable_counters.value + 0 if optimizer.built else 0

@@ -1,16 +1,14 @@
 """torch: multi-tensor calls; on an accelerator no branch ever waits for it."""
 
-import operator
-
 import torch
 
 from keras_mixprec.backend import LARGEST_NORM
 from keras_mixprec.backend import LARGEST_SCALED_NORM
 from keras_mixprec.backend import stateful
+from keras_mixprec.backend.torch_backup import read
+from keras_mixprec.backend.torch_backup import restore_by_select
+from keras_mixprec.backend.torch_backup import undone_if
 from keras_mixprec.backend.torch_carrier import PendingCarrier as carrier  # noqa: F401
-
-# Of every size of element there is; two int64 make one complex128.
-_INTEGER = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
 
 @torch.no_grad()
@@ -46,77 +44,25 @@ def commit(grads, scale, update, record, variables, compilable, optimizer):
     flags = _flags(grads, scale)
     skipped = flags.any()
     half = [v for v in variables if v._value.dtype is torch.float16]
-    if half or not _free_to_read(flags):
+    if half or torch.compiler.is_compiling():
         saved = read(variables)
         update(grads)
         for v in half:
             # Weights that are float16 themselves can overflow in the update.
             skipped = skipped | ~torch.isfinite(v.value).all()
         restore_by_select(skipped, variables, saved)
-    elif not skipped:
-        update(grads)
+    elif _free_to_read(flags):
+        if not skipped:
+            update(grads)
+    else:
+        with undone_if(skipped, variables):
+            update(grads)
     record(flags)
 
 
 def _free_to_read(tensor):
     # A tensor of the CPU keeps nobody waiting; a compiled graph would break.
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-@torch.no_grad()
-def read(variables):
-    """Return a copy of the variables' bits: one buffer per size of element."""
-    return [
-        torch.cat(views if flat else [v.flatten() for v in views])
-        for views, _, flat in _bits(variables)
-    ]
-
-
-@torch.no_grad()
-def restore_by_select(skipped, variables, saved):
-    """Write the saved bits back where `skipped`, in three calls per buffer.
-
-    new = new * (1 - skipped) + old * skipped, on the bit patterns as integers: exact
-    for every bit, NaN and the sign of zero included, and without asking what
-    `skipped` is. `saved` is used up.
-    """
-    for (views, sizes, flat), old in zip(_bits(variables), saved, strict=True):
-        chosen = skipped.to(old)
-        parts = old.mul_(chosen).split(sizes)
-        if not flat:
-            parts = [p.view(v.shape) for p, v in zip(parts, views, strict=True)]
-        torch._foreach_mul_(views, 1 - chosen)
-        torch._foreach_add_(views, parts)
-
-
-def _bits(variables):
-    """Return (integer views, their sizes, whether flat) per kind of memory.
-
-    Kept from step to step, because the host takes longer to make a view than to
-    launch a kernel on it.
-    """
-    # A scope may hold other values in the variables' place; then it does for all.
-    if not variables or variables[0].value is not variables[0]._value:
-        return _views([v.value for v in variables])
-    values = [v._value for v in variables]
-    kept = getattr(variables[0], "_mixprec_bits", ([], None))
-    if len(kept[0]) != len(values) or not all(map(operator.is_, kept[0], values)):
-        kept = variables[0]._mixprec_bits = values, _views(values)
-    return kept[1]
-
-
-def _views(values):
-    groups = {}
-    for value in values:
-        kind = _INTEGER.get(value.element_size(), torch.int64)
-        value, flat = value.detach(), value.is_contiguous()
-        # Flat first: a complex scalar has no other dimension to be two integers in.
-        view = (value.view(-1) if flat else value).view(kind)
-        groups.setdefault((kind, value.device, flat), []).append(view)
-    return [
-        (views, [v.numel() for v in views], flat)
-        for (_, _, flat), views in groups.items()
-    ]
 
 
 def _restore_if(skipped, variables, saved):
