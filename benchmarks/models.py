@@ -60,11 +60,8 @@ def build(name: str, size: str = "full", batch: int | None = None) -> Workload:
 
 def _bert(shape, rng):
     ids = keras.Input((shape.length,), dtype="int32", name="ids")
-    # Zeros that depend on the input: a constant would be looked up once, not trained.
-    positions = ids * 0 + ops.arange(shape.length, dtype="int32")
     x = layers.Embedding(shape.vocabulary, shape.width)(ids)
-    x = x + layers.Embedding(shape.length, shape.width)(positions)
-    x = layers.LayerNormalization(epsilon=1e-12)(x)
+    x = layers.LayerNormalization(epsilon=1e-12)(Positions()(x))
     for _ in range(shape.depth):
         x = _encoder_block(x, shape)
     x = layers.Dense(shape.width, activation="tanh")(x[:, 0])
@@ -76,6 +73,26 @@ def _bert(shape, rng):
         rng.integers(2, size=shape.batch).astype("int32"),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     )
+
+
+class Positions(layers.Layer):
+    """Adds a trained vector to each position, one for all samples, as BERT does.
+
+    Looked up by each sample, its gradient would be a scatter in which the samples
+    contend for the same few rows, which takes a GPU longer the fewer of them are 0.
+    """
+
+    def build(self, input_shape):
+        """Create the vectors, shape `(length, width)`."""
+        self.vectors = self.add_weight(
+            name="vectors",
+            shape=input_shape[1:],
+            initializer=keras.initializers.RandomNormal(stddev=0.02),
+        )
+
+    def call(self, x):
+        """Return `x` with the vectors added."""
+        return x + self.vectors
 
 
 def _encoder_block(x, shape):

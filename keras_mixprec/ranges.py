@@ -1,9 +1,4 @@
-"""Where the values of a tensor lie against float16's range: statistics, no model.
-
-Limits of IEEE 754 binary16 (float16): largest 65504, and what rounds to it ends below
-65520; smallest normal 2**-14, smallest subnormal 2**-24, and up to half of that
-rounds to 0.
-"""
+"""Where the values of a tensor lie against float16's range: statistics, no model."""
 
 from __future__ import annotations
 
@@ -13,13 +8,16 @@ from collections.abc import Callable
 from collections.abc import Sequence
 from typing import Any
 
+import keras
 import numpy as np
 from keras import ops
 
+from keras_mixprec.bit_patterns import bit_limits
+from keras_mixprec.bit_patterns import has_pattern
+from keras_mixprec.bit_patterns import pattern_of
+from keras_mixprec.bit_patterns import value_of
+
 LARGEST = 65504.0
-ROUNDS_TO_INFINITY = 65520.0
-SMALLEST_NORMAL = 2.0**-14
-ROUNDS_TO_ZERO = 2.0**-25
 # Parts of a tensor that are measured apart: enough to keep a GPU busy, and no more
 # columns in one than XLA's GPU compiler reduces in a single pass.
 ROWS = 512
@@ -129,7 +127,7 @@ def partial(x: Any, barrier: Callable = lambda x: x) -> Any:
     parts = next((n for n in (1, 2, 4, 8) if 0 < columns <= _COLUMNS * n), 1)
     parts = parts if columns % parts == 0 else 1
     x = ops.reshape(x, (parts, rows, -1 if columns < 0 else columns // parts))
-    found = _statistics(ops, ops.cast(barrier(x), "float32"), (0, 2))
+    found = _statistics(ops, barrier(x), (0, 2))
     if rows < ROWS:
         fill = [0.0] * (len(FIELDS) - 1) + [float("inf")]
         padding = [ops.full((ROWS - rows,), value, "float32") for value in fill]
@@ -162,37 +160,42 @@ def measure_each(stacked: Any) -> Any:
     Returns:
         float32 tensor of shape `(n, len(FIELDS))`.
     """
-    x = ops.reshape(ops.cast(stacked, "float32"), (stacked.shape[0], -1))
+    x = ops.reshape(stacked, (stacked.shape[0], -1))
     return ops.stack(_statistics(ops, x, (1,)), axis=1)
 
 
 def _statistics(xp, x, axis):
-    """Return one tensor per field; `xp` is NumPy or `keras.ops`, `x` float32."""
-    magnitude = xp.abs(x)
-    finite = magnitude < float("inf")
-    nonzero = xp.logical_and(finite, magnitude > 0)
+    """Return one tensor per field; `xp` is NumPy or `keras.ops`.
 
-    def count(condition):
-        return xp.sum(xp.where(condition, 1.0, 0.0), axis=axis)
-
-    def between(low, high):
-        return xp.logical_and(magnitude > low, magnitude < high)
-
-    largest = xp.max(xp.where(finite, magnitude, 0.0), axis=axis)
+    On bit patterns as integers, which are ordered as the magnitudes are: half of the
+    instructions that comparisons of floats take, and no denormal is flushed to 0.
+    """
+    dtype = keras.backend.standardize_dtype(x.dtype)
+    if not has_pattern(dtype):
+        x, dtype = x.astype("float32") if xp is np else xp.cast(x, "float32"), "float32"
+    bits = pattern_of(xp, x, dtype)
+    limits = bit_limits(dtype)
+    # For float16 two of the limits are equal to another one: a count less each.
+    below = {n: xp.sum(xp.where(bits < n, 1, 0), axis=axis) for n in set(limits)}
+    zero, to_zero, subnormal, normal, finite = (below[n] for n in limits)
+    infinity = limits[-1]
+    largest = xp.max(xp.where(bits < infinity, bits, 0), axis=axis)
+    smallest = xp.min(xp.where(bits > 0, bits, infinity), axis=axis)
     # A size that TensorFlow knows only when it runs is a tensor.
     sizes = x.shape if None not in x.shape else ops.shape(x)
     values = math.prod(sizes[i] for i in axis)
-    values = values if isinstance(values, int) else ops.cast(values, "float32")
-    return [
-        xp.ones_like(largest) * values,
-        count(xp.logical_not(finite)),
-        count(xp.logical_and(finite, magnitude >= ROUNDS_TO_INFINITY)),
-        count(between(ROUNDS_TO_ZERO, SMALLEST_NORMAL)),
-        count(xp.logical_and(nonzero, magnitude <= ROUNDS_TO_ZERO)),
-        count(xp.equal(magnitude, 0)),
-        largest,
-        xp.min(xp.where(nonzero, magnitude, float("inf")), axis=axis),
+    values = xp.zeros_like(zero) + values
+    found = [
+        values,
+        values - finite,
+        finite - normal,
+        subnormal - to_zero,
+        to_zero - zero,
+        zero,
     ]
+    found = [f.astype("float32") if xp is np else ops.cast(f, "float32") for f in found]
+    smallest = xp.minimum(smallest, infinity)
+    return [*found, *(value_of(xp, bits, dtype) for bits in (largest, smallest))]
 
 
 def _nothing(xp, shape):

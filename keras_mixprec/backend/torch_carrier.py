@@ -7,15 +7,12 @@ some ten thousand.
 
 import dataclasses
 import functools
-import math
-import operator
+import logging
 
 import torch
 
+from keras_mixprec.bit_patterns import bit_limits
 from keras_mixprec.ranges import FIELDS
-from keras_mixprec.ranges import ROUNDS_TO_INFINITY
-from keras_mixprec.ranges import ROUNDS_TO_ZERO
-from keras_mixprec.ranges import SMALLEST_NORMAL
 
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 # Values in a row; rows are measured in one call, then added up by tensor.
@@ -131,21 +128,18 @@ def _statistics(rows, layout, values):
     On the bit patterns: those of magnitudes are ordered as the magnitudes are, and half
     precision takes half the memory of a float32 copy.
     """
-    kind, limits = rows.dtype, _limits(rows.dtype)
-    bits = rows.view(_INTEGER[rows.element_size()])
-    bits &= torch.iinfo(bits.dtype).max
-    infinity = limits[-1]
-    below = {n: (bits < n).sum(1) for n in dict.fromkeys(limits)}
-    largest = bits.where(bits < infinity, 0).amax(1)
-    smallest = bits.where(bits > 0, infinity).amin(1).clamp(max=infinity)
-    count = values.new_zeros(len(values), len(limits))
-    count.index_add_(0, layout, torch.stack([below[n] for n in limits], 1))
-    zero, to_zero, subnormal, normal, finite = count.unbind(1)
+    name = str(rows.dtype).removeprefix("torch.")
+    limits = bit_limits(name)
+    below, largest, smallest = _measuring(name, rows.device)(rows)
+    count = values.new_zeros(len(values), below.shape[1])
+    count.index_add_(0, layout, below)
+    columns = dict(zip(dict.fromkeys(limits), count.unbind(1), strict=True))
+    zero, to_zero, subnormal, normal, finite = (columns[n] for n in limits)
 
     def magnitude(found, start, reduce):
         whole = values.new_full((len(values),), start)
         whole.scatter_reduce_(0, layout, found.long(), reduce)
-        return whole.to(bits.dtype).view(kind).float()
+        return whole.to(largest.dtype).view(rows.dtype).float()
 
     fields = {
         "values": values,
@@ -155,25 +149,54 @@ def _statistics(rows, layout, values):
         "to_zero": to_zero - zero,
         "zero": zero,
         "max_abs": magnitude(largest, 0, "amax"),
-        "min_abs": magnitude(smallest, infinity, "amin"),
+        "min_abs": magnitude(smallest, limits[-1], "amin"),
     }
     return torch.stack([fields[name].float() for name in FIELDS], 1)
 
 
-@functools.lru_cache
-def _limits(dtype):
-    """Return the bit patterns below which a magnitude is 0, is 0 in float16, ...
+def _measuring_rows(dtype):
+    """Return a function of rows of a dtype: counts below its limits, largest, smallest.
 
-    ... is subnormal in it or 0, is finite in it, is finite.
+    Counts are int64 of shape `(rows, limits that differ)`; the largest and smallest
+    are bit patterns, the smallest that of inf where there is none.
     """
-    above_zero = _pattern(ROUNDS_TO_ZERO, dtype, operator.gt)
-    normal = _pattern(SMALLEST_NORMAL, dtype, operator.ge)
-    beyond = _pattern(ROUNDS_TO_INFINITY, dtype, operator.ge)
-    return 1, above_zero, normal, beyond, _pattern(math.inf, dtype, operator.ge)
+    limits, infinity = tuple(dict.fromkeys(bit_limits(dtype))), bit_limits(dtype)[-1]
+
+    def measure(rows):
+        kind = _INTEGER[rows.element_size()]
+        bits = rows.view(kind) & torch.iinfo(kind).max
+        below = torch.stack([(bits < n).sum(1) for n in limits], 1)
+        largest = bits.where(bits < infinity, 0).amax(1)
+        smallest = bits.where(bits > 0, infinity).amin(1).clamp(max=infinity)
+        return below, largest, smallest
+
+    return measure
 
 
-def _pattern(value, dtype, compare):
-    """Return the first bit pattern of `dtype` whose value compares so with `value`."""
-    nearest = torch.tensor(value, dtype=torch.float64).to(dtype)
-    bits = int(nearest.view(_INTEGER[nearest.element_size()]))
-    return bits if compare(float(nearest), value) else bits + 1
+@functools.lru_cache
+def _measuring(dtype, device):
+    """Return what `_measuring_rows` does, compiled where that works: tried once.
+
+    Op by op each of some ten passes writes what the next one reads. Compiling needs
+    Triton and a C compiler, which not every machine with a GPU has.
+    """
+    measure = _measuring_rows(dtype)
+    if device.type != "cuda":
+        return measure
+    compiled = torch.compile(measure)
+    rows = torch.linspace(-1, 1, 4 * _COLUMNS, device=device).to(getattr(torch, dtype))
+    rows = rows.reshape(4, -1)
+    # One kernel for any number of rows.
+    torch._dynamo.mark_dynamic(rows, 0)
+    try:
+        agree = all(map(torch.equal, compiled(rows), measure(rows)))
+    # Whatever is missing raises an error of its own kind.
+    except Exception as error:
+        logging.getLogger(__name__).warning(
+            "Looking at a step takes longer than it could: `torch.compile` fails here "
+            "(%s: %s).",
+            type(error).__name__,
+            str(error).partition("\n")[0],
+        )
+        return measure
+    return compiled if agree else measure
