@@ -9,8 +9,10 @@ from keras_mixprec.backend import LARGEST_NORM
 from keras_mixprec.backend import LARGEST_SCALED_NORM
 from keras_mixprec.backend.blame import blame_loss
 from keras_mixprec.backend.gradient_carrier import GradientCarrier
+from keras_mixprec.backend.shapes import WIDTH
 from keras_mixprec.backend.shapes import group_by_shape
 from keras_mixprec.backend.shapes import order
+from keras_mixprec.backend.shapes import rows_of
 
 
 def unscale(grads, scale):
@@ -22,22 +24,27 @@ def unscale(grads, scale):
 
 
 def _flags(grads, scale):
-    # One reduction per shape instead of one per gradient: on a GPU, launching two
-    # hundred kernels costs more than reading what they read.
-    groups, squares = group_by_shape(grads), [jnp.zeros((1,))]
+    groups, rows = group_by_shape(grads), [jnp.zeros((1, WIDTH))]
     for members in groups:
-        squares.append(_squares(jnp.stack([grads[i] for i in members])))
-    each = jnp.concatenate(squares)[jnp.array(order(groups, len(grads)))]
+        rows.append(_rows_of_squares(jnp.stack([grads[i] for i in members])))
+    each = jnp.sum(jnp.concatenate(rows), axis=1)
+    each = each[jnp.array(order(groups, len(grads)))]
     limit = jnp.minimum(LARGEST_NORM * scale, LARGEST_SCALED_NORM)
     # `isfinite` too: what compiles this may take not(a <= b) for a > b, which is false
     # for NaN as well.
     return ~(jnp.isfinite(each) & (each <= jnp.square(limit)))
 
 
-def _squares(stacked):
-    stacked = stacked.astype(jnp.promote_types(stacked.dtype, jnp.float32))
-    sums = jnp.sum(jnp.square(stacked), axis=tuple(range(1, stacked.ndim)))
-    return sums.astype(jnp.float32)
+def _rows_of_squares(stacked):
+    """Return sums of squares of stacked gradients, of shape `(gradients, WIDTH)`."""
+    squares = jnp.square(stacked.astype(jnp.promote_types(stacked.dtype, jnp.float32)))
+    rows = rows_of(stacked.shape[1:])
+    if rows is None:
+        squares = squares.reshape(len(stacked), -1)
+    else:
+        squares = jnp.sum(squares.reshape(len(stacked), rows, -1), axis=2)
+    short = WIDTH - squares.shape[1]
+    return jnp.pad(squares.astype(jnp.float32), ((0, 0), (0, short)))
 
 
 def reduce_gradients(grads):

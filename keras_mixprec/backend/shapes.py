@@ -1,4 +1,17 @@
-"""Gradients of one shape, to be looked at together."""
+"""Gradients of one shape, to be looked at together.
+
+Launching two hundred kernels costs a GPU more than reading what they read. So a large
+gradient is summed up in rows, those of one shape by one kernel; and one more sums up
+the rows of all, where a small gradient is a row as it is.
+"""
+
+import functools
+import math
+
+# Values in the rows that are summed up at last: a gradient that fits is small.
+WIDTH = 1024
+# Up to here XLA's GPU compiler sums a row in one kernel.
+_LONGEST = 8192
 
 
 def group_by_shape(grads: list) -> list[list[int]]:
@@ -25,3 +38,26 @@ def order(groups: list[list[int]], length: int) -> list[int]:
     """
     places = {i: at for at, i in enumerate(sum(groups, []), start=1)}
     return [places.get(i, 0) for i in range(length)]
+
+
+def rows_of(shape: tuple) -> int | None:
+    """Return in how many rows to sum up a gradient first: at most `WIDTH`.
+
+    As many as leave rows that are short enough, else as many as there can be.
+
+    Args:
+        shape: Tuple of ints, `None` where the size is not known.
+
+    Returns:
+        Int, or `None` for a gradient that is no longer than `WIDTH` itself.
+    """
+    if None in shape:
+        return 1
+    size = math.prod(shape)
+    return _rows(size) if size > WIDTH else None
+
+
+@functools.lru_cache
+def _rows(size):
+    fitting = [r for r in range(1, WIDTH + 1) if size % r == 0]
+    return next((r for r in fitting if size // r <= _LONGEST), fitting[-1])

@@ -4,8 +4,10 @@ import tensorflow as tf
 
 from keras_mixprec.backend import LARGEST_NORM
 from keras_mixprec.backend import LARGEST_SCALED_NORM
+from keras_mixprec.backend.shapes import WIDTH
 from keras_mixprec.backend.shapes import group_by_shape
 from keras_mixprec.backend.shapes import order
+from keras_mixprec.backend.shapes import rows_of
 
 # The square of a gradient that is not there.
 _NONE = 0.0
@@ -26,19 +28,28 @@ def flags(grads, scale, xla: bool):
 
 
 def flags_by_shape(grads, scale):
-    """The same for XLA on a GPU: one reduction per shape.
+    """The same for XLA on a GPU, in few kernels: see `shapes`.
 
-    Launching two hundred kernels costs more than reading what they read. XLA fuses
-    the stack into the reduction; outside XLA it would be a copy.
+    XLA fuses the stacks into the reductions; outside XLA they would be copies.
     """
     values = [_values(g) for g in grads]
-    groups, squares = group_by_shape(values), [tf.constant([_NONE])]
+    groups, rows = group_by_shape(values), [tf.fill((1, WIDTH), _NONE)]
     for members in groups:
-        stacked = _at_least_float32(tf.stack([values[i] for i in members]))
-        sums = tf.reduce_sum(tf.square(stacked), axis=tuple(range(1, stacked.ndim)))
-        squares.append(tf.cast(sums, tf.float32))
-    each = tf.gather(tf.concat(squares, 0), order(groups, len(values)))
-    return _too_large(each, scale)
+        rows.append(_rows_of_squares(tf.stack([values[i] for i in members])))
+    each = tf.reduce_sum(tf.concat(rows, 0), axis=1)
+    return _too_large(tf.gather(each, order(groups, len(values))), scale)
+
+
+def _rows_of_squares(stacked):
+    """Return sums of squares of stacked gradients, of shape `(gradients, WIDTH)`."""
+    squares, count = tf.square(_at_least_float32(stacked)), stacked.shape[0]
+    rows = rows_of(stacked.shape[1:])
+    if rows is None:
+        squares = tf.reshape(squares, (count, stacked.shape[1:].num_elements()))
+    else:
+        squares = tf.reduce_sum(tf.reshape(squares, (count, rows, -1)), axis=2)
+    short = WIDTH - squares.shape[1]
+    return tf.pad(tf.cast(squares, tf.float32), ((0, 0), (0, short)))
 
 
 def _values(grad):

@@ -1,0 +1,124 @@
+"""Which gradients overflowed: in every shape, wherever in it, and no others."""
+
+import functools
+
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+from keras_mixprec.backend import LARGEST_NORM
+from keras_mixprec.backend import engine
+from keras_mixprec.backend import shapes
+
+BACKEND = keras.backend.backend()
+# Small ones, some of one shape; a prime size; one row short of a row; many rows.
+SHAPES = [
+    (),
+    (3,),
+    (3,),
+    (0, 4),
+    (7, 1),
+    (1031,),
+    (2, 512),
+    (5, 205),
+    (64, 3, 64),
+    (9973, 3),
+]
+BAD = [np.nan, np.inf, -np.inf, 3e38]
+
+
+@functools.lru_cache
+def ways():
+    """The functions of gradients and scale that the backend has, each compiled once."""
+    if BACKEND == "torch":
+        return [engine._flags]
+    if BACKEND == "jax":
+        import jax
+
+        return [jax.jit(engine._flags)]
+    import tensorflow as tf
+
+    from keras_mixprec.backend import tensorflow_overflow as overflow
+
+    return [
+        tf.function(functools.partial(overflow.flags, xla=False)),
+        tf.function(functools.partial(overflow.flags, xla=True), jit_compile=True),
+        tf.function(overflow.flags_by_shape, jit_compile=True),
+    ]
+
+
+def flags(arrays, scale=1.0):
+    grads = [a if a is None else ops.convert_to_tensor(a) for a in arrays]
+    scale = ops.convert_to_tensor(scale, "float32")
+    return agreed(grads, scale)
+
+
+def agreed(grads, scale):
+    found = [ops.convert_to_numpy(way(grads, scale)).tolist() for way in ways()]
+    assert all(one == found[0] for one in found)
+    return found[0]
+
+
+def gradients(dtype="float32"):
+    random = np.random.default_rng(0)
+    return [random.normal(size=shape).astype(dtype) for shape in SHAPES]
+
+
+def test_no_gradient_is_flagged_without_reason():
+    assert not any(flags(gradients()))
+
+
+@pytest.mark.parametrize("place", ["first", "last"])
+def test_each_gradient_is_flagged_alone(place):
+    for i, shape in enumerate(SHAPES):
+        if 0 in shape:
+            continue
+        grads = gradients()
+        grads[i].reshape(-1)[0 if place == "first" else -1] = BAD[i % len(BAD)]
+        assert flags(grads) == [k == i for k in range(len(SHAPES))], shape
+
+
+@pytest.mark.skipif(BACKEND == "jax", reason="JAX has a gradient for everything")
+def test_a_gradient_that_is_not_there_is_not_flagged():
+    grads = [None, np.float32([np.inf]), None, np.float32([1.0])]
+    assert flags(grads) == [False, True, False, False]
+
+
+def test_the_limit_is_that_of_the_norm_and_grows_with_the_scale():
+    below, above = LARGEST_NORM, 2 * LARGEST_NORM
+    grads = [np.float32([below, 0.0]), np.float32([above, 0.0])]
+    assert flags(grads) == [False, True]
+    assert flags(grads, scale=4.0) == [False, False]
+
+
+def test_half_precision_gradients_are_squared_in_float32():
+    # 2.0**12 squared is beyond float16.
+    assert flags([np.full((2000,), 2.0**12, "float16")]) == [False]
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows"),
+    [
+        ((), None),
+        ((1024,), None),
+        ((5, 205), 1),
+        ((768, 3072), 288),
+        ((1_000_000, 64), 1024),
+        ((1_000_003,), 1),
+        ((None, 64), 1),
+    ],
+)
+def test_rows_divide_a_gradient(shape, rows):
+    assert shapes.rows_of(shape) == rows
+
+
+if BACKEND == "tensorflow":
+
+    def test_only_the_values_of_a_sparse_gradient_are_looked_at():
+        import tensorflow as tf
+
+        values = tf.constant([[1.0, np.inf], [2.0, 3.0]])
+        sparse = tf.IndexedSlices(values, tf.constant([5, 5]), tf.constant([10**9, 2]))
+        scale = tf.constant(1.0)
+        assert agreed([tf.constant([1.0]), sparse], scale) == [False, True]
