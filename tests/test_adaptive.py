@@ -1,5 +1,6 @@
 """`AdaptivePrecision`: the rule by hand, and runs that settle."""
 
+import itertools
 import logging
 
 import keras
@@ -71,6 +72,24 @@ def test_without_headroom_nothing_comes_back():
 def test_nothing_comes_back_in_the_last_third():
     changes = simulate(lambda epoch, policy: epoch in (8, 9), epochs=18)
     assert [c.epoch for c in changes] == [9]
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_what_always_overflows_has_left_for_good_before_the_last_third(seen):
+    """Whatever the numbers; unseen at first, it is named an epoch later."""
+    for epochs, patience, calm in itertools.product(range(6, 70), (1, 2, 3), range(9)):
+        hysteresis = Hysteresis(HysteresisRule(patience, calm + 1, 16.0))
+        policies, changes, named = {"a": "mixed_float16"}, [], seen
+        for epoch in range(epochs):
+            blamed = ("a" if named else "") if policies["a"] != "float32" else None
+            named = seen or blamed == ""
+            new = hysteresis.after_epoch(
+                epoch, epochs, policies, blamed, {"a": 1.0}, to_float32
+            )
+            policies |= {change.path: change.after for change in new}
+            changes += new
+        assert policies["a"] == "float32"
+        assert all(3 * (c.epoch + 1) <= 2 * epochs for c in changes), (epochs, changes)
 
 
 def test_trouble_without_a_name_changes_nothing():
