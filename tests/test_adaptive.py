@@ -9,6 +9,8 @@ import pytest
 from keras import layers
 from keras import ops
 from planted import clean
+from planted import epsilon
+from planted import epsilon_backward
 from planted import hot_attention
 from planted import inputs
 from planted import masked_mean
@@ -113,7 +115,14 @@ def settled(adaptive, epochs):
 
 
 @pytest.mark.parametrize(
-    "fault", [masked_mean, pytest.param(hot_attention, marks=SLOW_ON_JAX)]
+    "fault",
+    [
+        masked_mean,
+        pytest.param(hot_attention, marks=SLOW_ON_JAX),
+        pytest.param(epsilon, marks=SLOW_ON_JAX),
+        # Without weights of its own: the gradients that it hands on overflow.
+        pytest.param(epsilon_backward, marks=SLOW_ON_JAX),
+    ],
 )
 def test_a_layer_that_overflows_leaves_and_the_plan_settles(fault, caplog, tmp_path):
     model = mp.convert(model_with(fault), dry_run=False)
