@@ -69,6 +69,7 @@ def _parse(line, path, number):
 def _identity(row):
     """What a row measured, without what it saw and when: a later run replaces it."""
     seen = ("versions", "date", "compile_s", "samples_per_s", "peak_memory_mb")
+    seen += ("accuracy", "changes", "seconds")
     names = [k for k in sorted(row) if k not in seen and not _is_figure(k)]
     return json.dumps({name: row[name] for name in names})
 

@@ -2,24 +2,32 @@
 
     python run_matrix.py --rows tf-xla jax --out results
     python run_matrix.py --rows my_rows.txt
+    python run_matrix.py --rows trainings --jobs 12 --out results/trainings
 
 A row is one line of a text file, or of a preset below: `BACKEND SCRIPT ARGUMENTS`,
 with `#` for comments. JSON lines go to OUT/NAME.jsonl as they come, NAME being the
-preset or the file; what a failed row said last goes to OUT/NAME.failed.txt.
+preset or the file; what a failed row said last goes to OUT/NAME.failed.txt. Rows that
+are timed run alone; others may share the machine with `--jobs`.
 """
 
 import argparse
+import itertools
 import os
 import pathlib
 import shlex
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 HERE = pathlib.Path(__file__).resolve().parent
 
 _BERT = "train_step.py --model bert"
 _THREE = "--scaling none,keras,mp"
+_BACKENDS = ("tensorflow", "jax", "torch")
 
 # In the order of what matters most: a lent GPU may be gone before the end.
 PRESETS = {
@@ -101,6 +109,22 @@ PRESETS = {
         jax optimizer_step.py
         torch optimizer_step.py
     """,
+    # The longest first.
+    "trainings": "\n".join(
+        f"{backend} trainings.py --only {task} --runs {kind}"
+        for task, kind, backend in itertools.product(
+            ("transformer", "recommender", "cnn"),
+            ("half", "float32", "adaptive"),
+            _BACKENDS,
+        )
+    ),
+}
+
+# Processes that share one GPU take what they need of its memory, not all of it.
+_SHARED = {
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+    "TF_FORCE_GPU_ALLOW_GROWTH": "true",
+    "OMP_NUM_THREADS": "2",
 }
 
 
@@ -122,7 +146,7 @@ def read_rows(name: str) -> list[list[str]]:
     rows = [shlex.split(line, comments=True) for line in text.splitlines()]
     rows = [row for row in rows if row]
     for row in rows:
-        if row[0] not in ("tensorflow", "jax", "torch"):
+        if row[0] not in _BACKENDS:
             raise ValueError(
                 "A row is `BACKEND SCRIPT ARGUMENTS`, the backend one of tensorflow, "
                 f"jax, torch. Received: {shlex.join(row)!r} in {name}. Mend the row."
@@ -130,37 +154,44 @@ def read_rows(name: str) -> list[list[str]]:
     return rows
 
 
-def run_row(row: list[str], extra: list[str], timeout: float) -> tuple[str, str]:
-    """Run one row in a process of its own.
+def run_row(
+    row: list[str], extra: list[str], timeout: float, keep: Callable, shared: bool
+) -> str:
+    """Run one row in a process of its own. Returns why it failed: empty if it did not.
 
     Args:
         row: Backend, script and arguments.
         extra: Arguments to add.
         timeout: Float, seconds.
-
-    Returns:
-        Its JSON lines, and why it failed: empty if it did not.
+        keep: Called with each of its JSON lines as it comes.
+        shared: Whether other rows run beside it.
     """
     backend, script, *arguments = row
     root = str(HERE.parent)
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    env = os.environ | {"KERAS_BACKEND": backend, "PYTHONPATH": path}
+    env = (_SHARED if shared else {}) | os.environ
+    env |= {"KERAS_BACKEND": backend, "PYTHONPATH": path}
     env.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     command = [sys.executable, str(HERE / script), *arguments, *extra]
-    try:
-        done = subprocess.run(
-            command, env=env, capture_output=True, text=True, timeout=timeout
-        )
-    except subprocess.TimeoutExpired as error:
-        return "", f"timeout after {timeout:g} s\n{_tail(error.stderr)}"
-    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    failure = f"exit {done.returncode}\n{_tail(done.stderr)}" if done.returncode else ""
-    return "".join(line + "\n" for line in lines), failure
-
-
-def _tail(text, lines=12):
-    text = text.decode(errors="replace") if isinstance(text, bytes) else text or ""
-    return "\n".join(text.splitlines()[-lines:])
+    with (
+        tempfile.TemporaryFile("w+", errors="replace") as said,
+        subprocess.Popen(
+            command, env=env, stdout=subprocess.PIPE, stderr=said, text=True
+        ) as process,
+    ):
+        timer = threading.Timer(timeout, process.kill)
+        timer.start()
+        for line in process.stdout:
+            if line.startswith("{"):
+                keep(line)
+        process.wait()
+        late = not timer.is_alive()
+        timer.cancel()
+        said.seek(0)
+        tail = "\n".join(said.read().splitlines()[-12:])
+    if late:
+        return f"timeout after {timeout:g} s\n{tail}"
+    return f"exit {process.returncode}\n{tail}" if process.returncode else ""
 
 
 def run(name: str, options: argparse.Namespace, end: float) -> bool:
@@ -173,22 +204,32 @@ def run(name: str, options: argparse.Namespace, end: float) -> bool:
     """
     out = pathlib.Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
-    stem, ok = pathlib.Path(name).stem, True
-    for row in read_rows(name):
+    stem, lock = pathlib.Path(name).stem, threading.Lock()
+
+    def write(kind, text):
+        with lock, (out / f"{stem}{kind}").open("a") as f:
+            f.write(text)
+        print(text, end="", flush=True)
+
+    def worked(row):
         left = end - time.monotonic()
         print("#", shlex.join(row), *options.extra, flush=True)
         if left < 5:
-            lines, failure = "", "not started: the time is up"
+            failure = "not started: the time is up"
         else:
-            lines, failure = run_row(row, options.extra, min(options.timeout, left))
-        print(lines + failure, flush=True)
-        with (out / f"{stem}.jsonl").open("a") as f:
-            f.write(lines)
+            failure = run_row(
+                row,
+                options.extra,
+                min(options.timeout, left),
+                lambda line: write(".jsonl", line),
+                options.jobs > 1,
+            )
         if failure:
-            ok = False
-            with (out / f"{stem}.failed.txt").open("a") as f:
-                f.write(f"{shlex.join(row)}\n{failure}\n\n")
-    return ok
+            write(".failed.txt", f"{shlex.join(row)}\n{failure}\n\n")
+        return not failure
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        return all([*pool.map(worked, read_rows(name))])
 
 
 def main() -> int:
@@ -200,6 +241,7 @@ def main() -> int:
     parser.add_argument("--out", default=str(HERE / "results"), help="folder")
     parser.add_argument("--timeout", type=float, default=300, help="seconds per row")
     parser.add_argument("--total", type=float, default=1e9, help="seconds in all")
+    parser.add_argument("--jobs", type=int, default=1, help="rows at a time")
     # What follows `--` goes to every row: `-- --size small --steps 2`.
     options, options.extra = parser.parse_known_args()
     options.extra = [word for word in options.extra if word != "--"]

@@ -1,12 +1,14 @@
-"""Three trainings in float32 and in half: final metrics over seeds.
+"""Three trainings in float32, in half, and in half with an adaptive plan.
 
-    KERAS_BACKEND=torch python benchmarks/trainings.py [--seeds 3] [--only cnn ...]
+    KERAS_BACKEND=torch python trainings.py --only cnn --runs float32 half --seeds 3
+    python run_matrix.py --rows trainings --jobs 12 --out results/trainings
+    python report_trainings.py
 
-Prints a line of JSON per run and a table at the end, in Markdown.
+The first trains on one backend and prints a line of JSON per run, the second all of
+them on all backends, the third writes docs/trainings.md.
 """
 
 import argparse
-import json
 import os
 import pathlib
 import time
@@ -14,13 +16,15 @@ import time
 if os.environ.get("KERAS_BACKEND") == "torch":
     import torch  # noqa: F401
 
+import backends
 import keras
 import numpy as np
 from keras import layers
 from keras import ops
+from rows import emit
+from rows import place
 
 import keras_mixprec as mp
-from keras_mixprec.hardware import gpu_memory
 
 CONTEXT = 32
 
@@ -131,19 +135,35 @@ TASKS = {
     "transformer": (text, transformer, 32, 9),
     "recommender": (ratings, recommender, 256, 9),
 }
+RUNS = ("float32", "half", "adaptive")
 
 
-def half_policy(task):
-    # JAX on a CPU has no float16 attention.
-    on_jax = keras.config.backend() == "jax" and not gpu_memory()
-    return "mixed_bfloat16" if on_jax and task == "transformer" else "mixed_float16"
+def half_policy(task: str, device: str | None) -> str:
+    """Return the half policy of a training.
+
+    Args:
+        task: A key of `TASKS`.
+        device: The accelerator's name, `None` for the CPU: there JAX has no float16
+            attention.
+    """
+    no_float16 = keras.config.backend() == "jax" and device is None
+    return "mixed_bfloat16" if no_float16 and task == "transformer" else "mixed_float16"
 
 
-def run(task, policy, seed, adaptive=False):
-    """Train once; return what there is to say about it."""
+def train(task: str, policy: str, seed: int, adaptive: bool, epochs: int | None):
+    """Train once; return what there is to say about it.
+
+    Args:
+        task: A key of `TASKS`.
+        policy: `"float32"` or a half policy, which `convert` then carries out.
+        seed: Int.
+        adaptive: Whether `AdaptivePrecision` may change the plan.
+        epochs: Int, or `None` for the training's own number.
+    """
     keras.utils.clear_session()
     keras.utils.set_random_seed(seed)
-    load, make, batch_size, epochs = TASKS[task]
+    load, make, batch_size, usual = TASKS[task]
+    epochs = epochs or usual
     train, test = load()
     model = make(train)
     callbacks = [mp.AdaptivePrecision()] if adaptive else []
@@ -153,44 +173,44 @@ def run(task, policy, seed, adaptive=False):
     fit = {"batch_size": batch_size, "epochs": epochs, "verbose": 0}
     model.fit(*train, callbacks=callbacks, **fit)
     found = {
+        "benchmark": "trainings",
         "task": task,
         "backend": keras.config.backend(),
         "policy": policy,
         "adaptive": adaptive,
         "seed": seed,
+        "epochs": epochs,
         "accuracy": float(model.evaluate(*test, batch_size=256, verbose=0)[1]),
         "seconds": round(time.perf_counter() - start, 1),
     }
     if adaptive:
-        found["epochs"] = epochs
         found["changes"] = [
             (c.epoch + 1, c.path, c.after) for c in callbacks[0].changes
         ]
-    print(json.dumps(found), flush=True)
     return found
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--only", nargs="*", default=list(TASKS))
-    arguments = parser.parse_args()
-    lines = []
-    for task in arguments.only:
-        half = half_policy(task)
-        means = {}
-        for policy in ("float32", half):
-            found = [run(task, policy, seed) for seed in range(arguments.seeds)]
-            values = [100 * one["accuracy"] for one in found]
-            means[policy] = np.mean(values)
-            each = ", ".join(f"{v:.2f}" for v in values)
-            lines.append(
-                f"| {task} | {keras.config.backend()} | {policy} | {each} | "
-                f"{np.mean(values):.2f} | {means[policy] - means['float32']:+.2f} |"
-            )
-        run(task, half, 0, adaptive=True)
-    print("| training | backend | policy | accuracy, each seed | mean | difference |")
-    print("|-|-|-|-|-|-|", *lines, sep="\n")
+def main() -> None:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
+    parser.add_argument("--seeds", type=int, default=3, help="adaptive: seed 0 alone")
+    parser.add_argument("--epochs", type=int, help="fewer, to try it out")
+    parser.add_argument("--out", help="append the rows to this .jsonl file")
+    options = parser.parse_args()
+    backend = backends.current()
+    device = backend.device()
+    here = place(device, backends.versions(backend))
+    for task in options.only:
+        for kind in options.runs:
+            policy = "float32" if kind == "float32" else half_policy(task, device)
+            adaptive = kind == "adaptive"
+            for seed in range(1 if adaptive else options.seeds):
+                row = train(task, policy, seed, adaptive, options.epochs)
+                emit(row | here, options.out)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,8 @@ def calibrate(
     The plan begins as `plan` makes it. Then the layer to blame goes to float32, one
     after the other, each chosen by measuring what it gains, until the outputs are
     within the tolerance and the gradients of all weights finite; then what is not
-    needed any more comes back. The last batch is not searched on but checked. The
+    needed any more comes back. The last batch is not searched on but checked, outputs
+    and gradients. The
     model is run in inference mode and left as it was.
 
     Example:
@@ -161,13 +162,15 @@ def _note_ranges(trials, made, searched):
 
 
 def _settle(search, tolerance, searched):
-    """Search; then check on the last batch, and take it in if it does not agree."""
+    """Search; then check on all batches, and take in the last if it does not agree."""
     trials, made = search.trials, search.plan
-    last = [trials.count - 1]
+    every = range(trials.count)
     error = search.run(searched)
-    checked = trials.error(made, last)
-    if checked > tolerance >= error:
-        error = checked = search.run(range(trials.count))
+    checked = trials.error(made, every[-1:])
+    damaged = trials.gradient_errors(made, every)
+    if error <= tolerance and (checked > tolerance or damaged):
+        error = checked = search.run(every)
+        damaged = trials.gradient_errors(made, every)
     if search.timed_out:
         made.advice.append(
             "the time ran out: more layers may be in float32 than need be; raise "
@@ -178,7 +181,7 @@ def _settle(search, tolerance, searched):
             f"the error is {max(error, checked):.1e}, above the tolerance: what is "
             "left in half precision is not for a plan to change"
         )
-    if trials.gradient_errors(made, searched):
+    if damaged:
         made.advice.append("gradients are damaged, and no layer is to blame alone")
 
 

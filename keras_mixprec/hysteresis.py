@@ -11,8 +11,11 @@ from collections.abc import Callable
 
 from keras_mixprec.ranges import LARGEST
 
-# Nothing comes back in the last third of a run: it would pay for too few epochs.
+# In the last third of a run the plan stands: nothing comes back there, nor so late that
+# it would have to leave again there. To see that it must takes an epoch with overflows
+# and, where the first batch does not show the layer, one in which it is looked for.
 _SETTLED_FROM = 2 / 3
+_PROBATION = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +114,7 @@ class Hysteresis:
         return [p for p, epochs in self._calm.items() if epochs >= self._needed[p]]
 
     def _return(self, epoch, epochs, policies, calm):
-        if not calm or epoch + 1 >= _SETTLED_FROM * epochs:
+        if not calm or epoch + 1 + _PROBATION > _SETTLED_FROM * epochs:
             return []
         path = calm[0]
         reason = f"calm epochs in a row: {self._calm.pop(path)}"

@@ -60,9 +60,16 @@ class Frame:
         for path, r in self.of_kind("activation").items():
             if r.overflows:
                 return path, f"activations overflow ({_describe(r)})"
-        return self._backward_overflow() or self._underflow()
+        return self.backward_overflow() or self._underflow()
 
-    def _backward_overflow(self):
+    def backward_overflow(self) -> tuple[str, str] | None:
+        """Return the layer nearest the loss in whose backward pass gradients overflow.
+
+        It need not have weights: what it hands on overflows in the layer before it.
+
+        Returns:
+            Its path, or `"the loss"`, and how; `None` if all gradients are finite.
+        """
         gradients, weights = self.of_kind("gradient"), self.of_kind("weight_gradient")
         after = "the loss"
         for path in reversed([*gradients]):

@@ -44,8 +44,13 @@ class Counters:
         skipped, applied = (now - before for now, before in pairs)
         if skipped <= max(1, share * (skipped + applied)):
             return None
-        if not any(frame.overflowed for frame in frames):
+        overflowed = [frame for frame in frames if frame.overflowed]
+        if not overflowed:
             return ""  # Somewhere, in a batch that was not looked at.
+        for frame in overflowed:
+            path, _ = frame.backward_overflow()
+            if path in half:
+                return path
         now = read_counters(loss_scale_optimizers(self._model))
         nearest = attribute(self._model, now - self._counts).spread
         return next((path for path in nearest if path in half), "")

@@ -1,5 +1,6 @@
 """`AdaptivePrecision`: the rule by hand, and runs that settle."""
 
+import itertools
 import logging
 
 import keras
@@ -8,6 +9,8 @@ import pytest
 from keras import layers
 from keras import ops
 from planted import clean
+from planted import epsilon
+from planted import epsilon_backward
 from planted import hot_attention
 from planted import inputs
 from planted import masked_mean
@@ -73,6 +76,24 @@ def test_nothing_comes_back_in_the_last_third():
     assert [c.epoch for c in changes] == [9]
 
 
+@pytest.mark.parametrize("seen", [True, False])
+def test_what_always_overflows_has_left_for_good_before_the_last_third(seen):
+    """Whatever the numbers; unseen at first, it is named an epoch later."""
+    for epochs, patience, calm in itertools.product(range(6, 70), (1, 2, 3), range(9)):
+        hysteresis = Hysteresis(HysteresisRule(patience, calm + 1, 16.0))
+        policies, changes, named = {"a": "mixed_float16"}, [], seen
+        for epoch in range(epochs):
+            blamed = ("a" if named else "") if policies["a"] != "float32" else None
+            named = seen or blamed == ""
+            new = hysteresis.after_epoch(
+                epoch, epochs, policies, blamed, {"a": 1.0}, to_float32
+            )
+            policies |= {change.path: change.after for change in new}
+            changes += new
+        assert policies["a"] == "float32"
+        assert all(3 * (c.epoch + 1) <= 2 * epochs for c in changes), (epochs, changes)
+
+
 def test_trouble_without_a_name_changes_nothing():
     hysteresis = Hysteresis(HysteresisRule(1, 1, 1.0))
     assert hysteresis.after_epoch(0, 9, {}, "", {}, to_float32) == []
@@ -94,7 +115,14 @@ def settled(adaptive, epochs):
 
 
 @pytest.mark.parametrize(
-    "fault", [masked_mean, pytest.param(hot_attention, marks=SLOW_ON_JAX)]
+    "fault",
+    [
+        masked_mean,
+        pytest.param(hot_attention, marks=SLOW_ON_JAX),
+        pytest.param(epsilon, marks=SLOW_ON_JAX),
+        # Without weights of its own: the gradients that it hands on overflow.
+        pytest.param(epsilon_backward, marks=SLOW_ON_JAX),
+    ],
 )
 def test_a_layer_that_overflows_leaves_and_the_plan_settles(fault, caplog, tmp_path):
     model = mp.convert(model_with(fault), dry_run=False)

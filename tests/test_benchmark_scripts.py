@@ -74,3 +74,71 @@ def test_a_failing_row_does_not_stop_the_others(monkeypatch, tmp_path):
     assert "exit 3" in (tmp_path / "out" / "rows.failed.txt").read_text()
     with pytest.raises(ValueError, match="takes a file or one of"):
         run_matrix.read_rows("nothing")
+
+
+def test_rows_side_by_side_are_written_as_they_come(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import run_matrix
+
+    script = tmp_path / "script.py"
+    # Each waits for the other's file; the last one for nothing that ever comes.
+    script.write_text(
+        "import pathlib, sys, time\n"
+        "here, mine, other = map(pathlib.Path, sys.argv[:3])\n"
+        "mine.touch(); print('{}', flush=True)\n"
+        "while not other.exists(): time.sleep(0.01)\n"
+    )
+    a, b, c = (tmp_path / name for name in "abc")
+    rows = tmp_path / "rows.txt"
+    rows.write_text(
+        f"jax {script} {a} {b}\njax {script} {b} {a}\njax {script} {a} {c}\n"
+    )
+    arguments = ["run_matrix", "--rows", str(rows), "--out", str(tmp_path / "out")]
+    arguments += ["--jobs", "2", "--timeout", "10"]
+    monkeypatch.setattr("sys.argv", arguments)
+    assert run_matrix.main() == 1
+    assert (tmp_path / "out" / "rows.jsonl").read_text() == "{}\n" * 3
+    failed = (tmp_path / "out" / "rows.failed.txt").read_text()
+    assert failed.count("timeout after 10 s") == 1
+
+
+def trained(seed, accuracy, policy="mixed_float16", **fields):
+    row = {"benchmark": "trainings", "task": "cnn", "backend": "jax", "epochs": 9}
+    row |= {"policy": policy, "adaptive": False, "seed": seed, "accuracy": accuracy}
+    row |= {"device": "GPU", "date": "2026-01-01", "versions": {"keras": "3.15.1"}}
+    return row | fields
+
+
+def test_the_table_of_trainings_says_what_is_too_far_apart(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from report_trainings import page
+
+    exact = [trained(seed, 0.9, "float32") for seed in range(3)]
+    near = [trained(seed, 0.896 + seed / 1e3) for seed in range(3)]
+    found = page(exact + near)
+    assert "1 of 9 pairs over at least 3 seeds; 1 of them within" in found
+    assert "89.60, 89.70, 89.80 | 89.70 | -0.30 |" in found
+    assert "**" not in found
+    far = [trained(seed, 0.8939 + seed / 1e3) for seed in range(3)]
+    found = page(exact + far)
+    assert "1 of 9 pairs over at least 3 seeds; 0 of them within" in found
+    assert "**More than 0.5 points apart:** cnn on JAX -0.51." in found
+    assert "| **-0.51** |" in found
+    # Two seeds prove nothing, and means are over the same seeds.
+    found = page(exact + [trained(1, 0.9), trained(2, 0.9)])
+    assert "0 of 9 pairs" in found
+    assert "**Seeds missing** (there are): cnn on JAX: 2." in found
+
+
+def test_the_table_of_trainings_says_which_plans_changed_late(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from report_trainings import page
+
+    calm = trained(0, 0.9, adaptive=True, changes=[[6, "dense", "float32"]])
+    found = page([calm])
+    assert "1 of 9 adaptive runs; 1 of them without a change in their" in found
+    assert "epoch 6: dense float32" in found
+    late = trained(0, 0.9, adaptive=True, changes=[[7, "dense", "float32"]])
+    found = page([late])
+    assert "1 of 9 adaptive runs; 0 of them without a change in their" in found
+    assert "**Changed in the last third:** cnn on JAX." in found

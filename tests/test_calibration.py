@@ -8,6 +8,8 @@ from keras import ops
 from planted import FAULTS
 from planted import TinyEpsilonBackward
 from planted import clean
+from planted import dense
+from planted import epsilon
 from planted import inputs
 from planted import model_with
 from planted import squaring
@@ -21,6 +23,8 @@ from keras_mixprec.precisions import precisions_of
 
 FEW = {"batch_size": 32, "batches": 2, "verbose": 0}
 NOT_OURS = ("input", "output layer")
+# Where there is nothing to compile, these take no time.
+COMPILES = [] if keras.backend.backend() == "torch" else [pytest.mark.slow]
 
 
 def calibrated(model, x, y=None, **arguments):
@@ -36,15 +40,16 @@ def unseen_error(model, plan):
     return mp.compare_precision(model, inputs(512, seed=9)[0]).relative_error
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", [pytest.param(f, marks=COMPILES) for f in FAULTS])
 def test_a_planted_fault_ends_in_float32_and_nothing_else_does(fault):
     model, (x, y) = model_with(fault), inputs()
     plan = calibrated(model, x, y, tolerance=0.01)
     assert moved(plan) == ["fault"]
     assert unseen_error(model, plan) < 0.01
-    model.fit(x, y, verbose=0)
-    assert model.optimizer.overflow_count == 0
+    logs = model.fit(x, y, verbose=0).history
+    # The gradient of log(x) near 0 has no bound: one step in eight may be too large.
+    assert model.optimizer.overflow_count <= (fault is epsilon)
+    assert np.isfinite(logs["loss"]).all()
 
 
 @pytest.mark.parametrize(
@@ -59,8 +64,9 @@ def test_a_clean_model_ends_fully_in_half(policy):
     assert unseen_error(model, plan) < tolerance
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("tolerance", [3e-4, 2e-4])
+@pytest.mark.parametrize(
+    "tolerance", [pytest.param(t, marks=COMPILES) for t in (3e-4, 2e-4)]
+)
 def test_the_tolerance_asked_for_is_the_tolerance_measured(tolerance):
     """Below what all layers in half make: some have to go, not all."""
     model, (x, y) = model_with(clean), inputs()
@@ -90,6 +96,39 @@ def test_measurements_and_loss_scale():
     assert largest <= 65504 / 8
     assert plan.initial_scale > 1
     assert calibrated(model, x, y, policy="mixed_bfloat16").initial_scale == 1
+
+
+def in_the_last_batch(x, change):
+    """Data of which the batch that is not searched on alone is changed."""
+    rows = np.random.default_rng(0).permutation(len(x))[32:64]
+    x = x.copy()
+    x[rows] = change(x[rows])
+    return x
+
+
+def test_the_loss_scale_leaves_room_for_the_last_batch_too():
+    model, (x, _) = keras.Sequential([keras.Input((8,)), dense(4)]), inputs()
+    model.compile("sgd", "mse")
+    larger = in_the_last_batch(x, lambda rows: 64 * rows)
+    plans = [calibrated(model, data, 0 * data[:, :4]) for data in (x, larger)]
+    # Gradients of the weights grow with the square.
+    assert plans[1].initial_scale <= plans[0].initial_scale / 2**10
+
+
+class Magnitude(layers.Layer):
+    """sqrt(x**2 + 1e-8): no gradient in float16 where x is 0."""
+
+    def call(self, x):
+        return ops.sqrt(ops.square(x) + 1e-8)
+
+
+def test_gradients_damaged_in_the_last_batch_alone_are_seen():
+    middle = [dense(8, kernel_initializer="identity"), Magnitude(name="fault")]
+    model, (x, y) = model_with(lambda: middle), inputs()
+    x = np.sign(x) + x
+    assert moved(calibrated(model, x, y)) == []
+    zeros = in_the_last_batch(x, np.zeros_like)
+    assert moved(calibrated(model, zeros, y)) == ["fault"]
 
 
 def test_the_plan_survives_json_and_sets_the_scale():
@@ -173,24 +212,39 @@ def test_an_rnn_goes_with_its_cell():
     assert plan.advice == []
 
 
-def test_search_weighs_layers_by_what_they_cost():
-    model = keras.Sequential(
-        [
-            keras.Input((8,)),
-            layers.Dense(512, name="wide"),
-            layers.Dense(8, name="narrow"),
-            layers.Dense(8, name="small"),
-            layers.Dense(2),
-        ]
-    )
-    x, _ = inputs()
-    bytes_kept = {}
-    for search in ("fewest", "memory", "speed"):
-        plan = calibrated(model, x, tolerance=4e-4, search=search)
-        kept = [plan[path] for path in moved(plan)]
-        bytes_kept[search] = sum(r.measured["activation_bytes"] for r in kept)
-        assert kept
-    assert bytes_kept["memory"] <= bytes_kept["fewest"]
+class Coarse(layers.Dense):
+    """A matrix product of which float16 keeps 5 bits; small ones weigh as much."""
+
+    def call(self, x):
+        return (super().call(x) + 64 - 64) / self.units**0.5
+
+
+@pytest.mark.parametrize(
+    "search, kept", [("fewest", None), ("memory", "small"), ("speed", "light")]
+)
+def test_search_weighs_layers_by_what_they_cost(search, kept):
+    """Two that err alike: one with few activations, one with few multiply-adds."""
+    x = keras.Input((8,))
+    # 4096 multiply-adds and 16 values; 512 and 256.
+    small = Coarse(16, name="small")(layers.Dense(256)(x))
+    light = Coarse(256, name="light")(layers.Dense(2)(x))
+    outputs = layers.Dense(4)(layers.Concatenate()([small, light]))
+    model = keras.Model(x, outputs)
+    data, _ = inputs()
+    errors = {
+        path: mp.compare_precision(
+            mp.convert(model, keep_float32=[path] if path else []), data
+        ).relative_error
+        for path in ("", "small", "light")
+    }
+    mp.to_float32(model)
+    # One of them is enough, whichever: so the tolerance does not choose.
+    both_alike = max(errors["small"], errors["light"])
+    assert both_alike < 0.8 * errors[""]
+    tolerance = 0.9 * errors[""] / 0.75
+    plan = calibrated(model, data, tolerance=tolerance, search=search)
+    assert len(moved(plan)) == 1
+    assert kept in (None, *moved(plan))
 
 
 def test_no_time_at_all_is_still_within_the_tolerance():

@@ -53,6 +53,16 @@ def test_logs_of_a_clean_model():
     assert validator.promotions == []
 
 
+def test_sample_weights_count_as_in_validation_data():
+    x, y = inputs(64, seed=9)
+    held_out = (x, y, np.linspace(0, 3, 64, dtype="float32"))
+    model, validator = half_model(clean), mp.PrecisionValidator(held_out)
+    logs = fit(model, validator, 1, validation_data=held_out, validation_batch_size=64)
+    np.testing.assert_allclose(logs["val_loss_float32"], logs["val_loss"], rtol=2e-3)
+    without = model.evaluate(x, y, batch_size=64, verbose=0)
+    assert abs(without / logs["val_loss"][0] - 1) > 0.1
+
+
 def test_every_so_many_epochs_and_seen_by_callbacks_before_it():
     seen = []
     early = keras.callbacks.LambdaCallback(

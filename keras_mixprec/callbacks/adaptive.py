@@ -38,10 +38,11 @@ class AdaptivePrecision(keras.callbacks.Callback):
     A layer that it moved comes back after `calm_epochs` epochs without trouble and
     with `headroom` between its outputs and 65504. If it has to leave again it must be
     calm for twice as long, one troubled epoch is enough to send it back, and nothing
-    comes back in the last third of a run: so the plan settles. Each change takes place
-    between two epochs, which compiles the train step once more, keeps the optimizer's
-    state, and is logged. An `OverflowInspector` in the same run shares what is compiled
-    to measure.
+    comes back in the last third of a run, nor in the two epochs before it: so the plan
+    settles. Only a layer that is troubled there for the first time still leaves there.
+    Each change takes place between two epochs, which compiles the train step once more,
+    keeps the optimizer's state, and is logged. An `OverflowInspector` in the same run
+    shares what is compiled to measure.
 
     The logs get `float32_layers`, the number of layers that are in float32, and
     `precision_changes`, those of this epoch; `mp.report` draws both, and `plot` which

@@ -11,6 +11,7 @@ import warnings
 from typing import Any
 
 import keras
+from keras.utils import unpack_x_y_sample_weight
 
 from keras_mixprec.calibration import TOLERANCE
 from keras_mixprec.callbacks.order import stand_first
@@ -75,8 +76,8 @@ Give the data of `validation_data`, and it stands beside `val_loss` |
     ```
 
     Args:
-        data: `(inputs, targets)`, or inputs alone (an array, or a list or dict of
-            them): one batch, held out.
+        data: `(inputs, targets)`, `(inputs, targets, sample_weights)`, or inputs alone
+            (an array, or a list or dict of them): one batch, held out.
         every: Int >= 1, epochs from one comparison to the next. Defaults to `1`.
         tolerance: Float > 0, the `precision_error` allowed. Defaults to `0.01`, in
             bfloat16 `0.08`.
@@ -98,7 +99,8 @@ Give the data of `validation_data`, and it stands beside `val_loss` |
     ):
         super().__init__()
         _check(every, tolerance, on_violation, max_promotions)
-        self._x, self._y = data if isinstance(data, tuple) else (data, None)
+        parts = data if isinstance(data, tuple) else (data,)
+        self._x, self._y, self._sample_weight = unpack_x_y_sample_weight(parts)
         self.every, self.tolerance = every, tolerance
         self.on_violation, self.max_promotions = on_violation, max_promotions
         self.promotions: list[Promotion] = []
@@ -136,7 +138,9 @@ Give the data of `validation_data`, and it stands beside `val_loss` |
             if agreed is not None:
                 logs["precision_agreement"] = agreed
             if self._y is not None and model.compiled:
-                loss = model.compute_loss(x, self._y, exact, training=False)
+                loss = model.compute_loss(
+                    x, self._y, exact, self._sample_weight, training=False
+                )
                 logs["val_loss_float32"] = float(keras.ops.convert_to_numpy(loss))
         return logs
 
