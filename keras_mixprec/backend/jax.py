@@ -23,8 +23,13 @@ def unscale(grads, scale):
 
 def _flags(grads, scale):
     # One reduction per shape instead of one per gradient: on a GPU, launching two
-    # hundred kernels costs more than reading what they read.
-    groups, squares = group_by_shape(grads), [jnp.zeros((1,))]
+    # hundred kernels costs more than reading what they read. Not of gradients that are
+    # split over devices: of two that are split differently one would be moved, and XLA
+    # would split the layers before them otherwise than without us.
+    groups = group_by_shape(grads)
+    if _weights_are_split():
+        groups = [[i] for i in sum(groups, [])]
+    squares = [jnp.zeros((1,))]
     for members in groups:
         squares.append(_squares(jnp.stack([grads[i] for i in members])))
     each = jnp.concatenate(squares)[jnp.array(order(groups, len(grads)))]
@@ -32,6 +37,11 @@ def _flags(grads, scale):
     # `isfinite` too: what compiles this may take not(a <= b) for a > b, which is false
     # for NaN as well.
     return ~(jnp.isfinite(each) & (each <= jnp.square(limit)))
+
+
+def _weights_are_split():
+    distribution = keras.distribution.distribution()
+    return isinstance(distribution, keras.distribution.ModelParallel)
 
 
 def _squares(stacked):
