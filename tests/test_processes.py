@@ -44,11 +44,15 @@ def test_two_processes_learn_as_one_does():
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="keras.distribution")
-def test_a_model_that_is_sharded_survives_faults_on_each_process(monkeypatch):
-    # Two processes of four devices: the batch is split between them, and the weights
-    # within each.
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
-    outputs = run_job(2, "survive", "model", "most")
+# Two processes of four devices: the batch is split between them, and the weights within
+# each. Processes of one device: every weight is split over all of them.
+@pytest.mark.parametrize("processes, devices", [(2, 4), (2, 1), (4, 1)])
+def test_a_model_that_is_sharded_survives_faults_on_each_process(
+    processes, devices, monkeypatch
+):
+    flag = f"--xla_force_host_platform_device_count={devices}"
+    monkeypatch.setenv("XLA_FLAGS", flag)
+    outputs = run_job(processes, "survive", "model", "most")
     digests = {tuple(words(o, "digest")[0]) for o in outputs}
     assert len(digests) == 1, digests
 

@@ -1,6 +1,6 @@
 """`keras.distribution` on JAX: devices of one process, or of several.
 
-python jax_devices.py survive data|model|across INNER [PORT PROCESSES INDEX]
+python jax_devices.py survive data|model INNER [PORT PROCESSES INDEX]
 python jax_devices.py curves data|model INNER...
 python jax_devices.py collectives data|model
 """
@@ -20,16 +20,12 @@ from jax_processes import start
 
 
 def distribution(kind):
-    """DataParallel over all devices, or four to a model and the rest data-parallel.
-
-    `model` takes the four from one process, `across` from all in turn.
-    """
+    """DataParallel over all devices, or four to a model and the rest data-parallel."""
     names = keras.distribution.list_devices()
     if kind == "data":
         return keras.distribution.DataParallel(devices=names, auto_shard_dataset=False)
-    if kind == "across":
-        names = np.array(names).reshape(jax.process_count(), -1).T.ravel().tolist()
-    shape = (len(names) // 4, 4)
+    split = min(len(names), 4)
+    shape = (len(names) // split, split)
     mesh = keras.distribution.DeviceMesh(shape, ("batch", "model"), names)
     layouts = keras.distribution.LayoutMap(mesh)
     # A pattern has to match a whole path: where none does, nothing is split.
@@ -46,22 +42,22 @@ class Trainer:
 
     Args:
         inner: A key of `faults.INNER`.
-        parts: Int, how many processes share a batch. Defaults to all.
         net: Keyword arguments of `faults.net`.
     """
 
-    def __init__(self, inner, parts=None, **net):
+    def __init__(self, inner, **net):
         keras.utils.set_random_seed(0)
-        self.parts = parts or jax.process_count()
         self.model = faults.net(**net)
         self.optimizer = faults.optimizer(inner)
         self.model.compile(self.optimizer, "sparse_categorical_crossentropy")
 
     def run(self, x, y, weights, epochs=1, callbacks=()):
-        first, local = jax.process_index() % self.parts, faults.BATCH // self.parts
-        # Each process brings what its devices take of every batch.
+        # Each process brings what its devices take of every batch: all of it, where
+        # the weights alone are split over the processes.
+        sharing = min(jax.process_count(), _replicas())
+        first, local = jax.process_index() % sharing, faults.BATCH // sharing
         parts = [
-            np.concatenate(np.split(a, len(a) // local)[first :: self.parts])
+            np.concatenate(np.split(a, len(a) // local)[first::sharing])
             for a in (x, y, weights)
         ]
         history = self.model.fit(
@@ -124,6 +120,11 @@ class Trainer:
         return hashlib.sha256(data).hexdigest()
 
 
+def _replicas():
+    distribution = keras.distribution.distribution()
+    return distribution.device_mesh.shape[0] if distribution else 1
+
+
 def _is_all_here(value):
     here = {str(shard.index) for shard in value.addressable_shards}
     return here == {str(shard.index) for shard in value.global_shards}
@@ -144,7 +145,7 @@ def watched(folder, epochs, *cluster):
 def survive(kind, inner, *cluster):
     join(*cluster)
     keras.distribution.set_distribution(distribution(kind))
-    trainer = Trainer(inner, parts=1 if kind == "across" else None)
+    trainer = Trainer(inner)
     faults.survive(trainer, trainer.optimizer, min(jax.device_count(), 8))
     trainer.check_layouts()
     print("digest", trainer.digest(), flush=True)
