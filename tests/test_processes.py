@@ -3,6 +3,8 @@
 Every job has a deadline and is killed at its end, whatever happened.
 """
 
+import re
+import signal
 import time
 
 import pytest
@@ -19,6 +21,12 @@ BEFORE = {"jax": ["data"]}.get(BACKEND, [])
 CASES = [("plain", []), ("most", [])]
 if BACKEND == "torch":
     CASES = [("plain", ["1"]), ("plain", ["2"]), ("most", ["2"])]
+# What each engine says of a process that is gone.
+GONE = {
+    "tensorflow": "(?i)unavailable|aborted|peer|heartbeat",
+    "jax": "(?i)JAX distributed service|coordination|gloo.*(closed|reset)",
+    "torch": "(?i)(connection|socket) (closed|reset|was)|broken pipe|by peer",
+}[BACKEND]
 # How many, of whom one dies; four on the engine that notices at once.
 DYING = [2, 4] if BACKEND == "torch" else [2]
 
@@ -41,6 +49,11 @@ def test_the_example_runs():
 def test_two_processes_learn_as_one_does():
     outputs = run_job(2, "curves", "plain", "all")
     assert all(len(words(o, "same")) == 2 for o in outputs)
+
+
+@pytest.mark.skipif(BACKEND == "jax", reason="test_replicas_jax.py counts them")
+def test_the_decision_adds_nothing_to_what_processes_tell_each_other():
+    assert all(words(o, "collectives") for o in run_job(2, "collectives"))
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="keras.distribution")
@@ -67,12 +80,27 @@ def test_a_dead_process_stops_the_others_and_training_resumes(processes, tmp_pat
         survivors = [i for i in range(processes) if i != 1]
         # The engine's own error, not a hang: `None` would be the deadline.
         assert all(training.wait(survivors)), training.output(0)
+        _check_that_they_say_why(training, survivors)
         last = _epochs(training.output(0))[-1]
     outputs = run_job(processes, "watched", tmp_path, last + 4)
     assert outputs[0].count("epoch") and _epochs(outputs[0])[0] in (last, last + 1)
     for output in outputs:
         for epoch, scale in _reports(output):
             assert scale == MAX_SCALE / 2 ** (epoch + 1), output
+
+
+@pytest.mark.skipif(BACKEND == "jax", reason="its step is one program, not ours to end")
+def test_a_process_that_dies_in_mid_step_ends_the_others():
+    with job(2, "dying") as training:
+        codes = training.wait()
+        assert codes[0] and codes[1] == -signal.SIGKILL, training.output(0)
+        _check_that_they_say_why(training, [0])
+
+
+def _check_that_they_say_why(training, survivors):
+    for output in map(training.output, survivors):
+        assert re.search(GONE, output), output
+        assert "Timeout (" not in output, output
 
 
 def _reports(output):

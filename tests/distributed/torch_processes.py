@@ -4,10 +4,15 @@
         survive INNER MICRO_BATCHES
     ... python torch_processes.py curves INNER...
     ... python torch_processes.py watched FOLDER EPOCHS
+    ... python torch_processes.py dying
+    ... python torch_processes.py collectives
 """
 
+import collections
 import hashlib
+import os
 import pathlib
+import signal
 import sys
 
 sys.path.append(str(pathlib.Path(__file__).parents[2] / "examples"))
@@ -29,16 +34,19 @@ class Trainer:
         inner: A key of `faults.INNER`.
         micro_batches: Int, parts of a batch. Defaults to `1`.
         wrap: Whether to use DistributedDataParallel. Defaults to `True`.
+        scaled: Whether to scale the loss. Defaults to `True`.
         net: Keyword arguments of `faults.net`.
     """
 
-    def __init__(self, inner, micro_batches=1, wrap=True, **net):
+    def __init__(self, inner, micro_batches=1, wrap=True, scaled=True, **net):
         keras.utils.set_random_seed(0)
         model = faults.net(**net)
         self.processes = dist.get_world_size() if wrap else 1
         self.model = Replicated(model, micro_batches) if wrap else model
-        self.optimizer = faults.optimizer(inner)
-        self.model.compile(self.optimizer, "sparse_categorical_crossentropy")
+        self.optimizer = faults.optimizer(inner, scaled)
+        self.model.compile(
+            self.optimizer, "sparse_categorical_crossentropy", auto_scale_loss=scaled
+        )
 
     def run(self, x, y, weights, epochs=1, callbacks=()):
         local = faults.BATCH // self.processes
@@ -92,6 +100,38 @@ def survive(inner, micro_batches):
 
 def watched(folder, epochs):
     faults.watched(Trainer("most"), folder, int(epochs), dist.get_rank() == 0)
+
+
+def dying():
+    """The second process dies in its fifth step, after the forward pass."""
+    trainer, losses = Trainer("plain"), []
+    compute_loss = trainer.model.compute_loss
+
+    def compute_loss_or_die(*args, **kwargs):
+        losses.append(compute_loss(*args, **kwargs))
+        if dist.get_rank() == 1 and len(losses) == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return losses[-1]
+
+    trainer.model.compute_loss = compute_loss_or_die
+    trainer.run(*faults.batches(10))
+
+
+def collectives():
+    """Scaling the loss adds nothing to what the processes tell each other."""
+    found = [_collectives(Trainer("plain", scaled=scaled)) for scaled in (False, True)]
+    assert found[0] == found[1] and found[0].total() > 0, found
+    print("collectives", dict(found[1]), flush=True)
+
+
+def _collectives(trainer):
+    # After the first batches, by which DistributedDataParallel chooses its buckets.
+    trainer.run(*faults.batches(3))
+    with torch.profiler.profile() as profile:
+        trainer.run(*faults.batches(3, [1]))
+    return collections.Counter(
+        event.name for event in profile.events() if event.name.startswith("c10d::")
+    )
 
 
 def curves(*inners):
