@@ -39,6 +39,13 @@ def test_training_survives_faults_on_each_process(processes, inner, after):
     assert len(digests) == 1, digests
 
 
+@pytest.mark.skipif(BACKEND != "torch", reason="the loop of Keras's guide for torch")
+@pytest.mark.parametrize("processes", [2, 4])
+def test_a_loop_of_ones_own_survives_faults_on_each_process(processes):
+    outputs = run_job(processes, "loop", "most")
+    assert len({tuple(words(o, "digest")[0]) for o in outputs}) == 1
+
+
 def test_the_example_runs():
     chief, other = run_example(2)
     assert "overflow_total" in chief

@@ -2,6 +2,7 @@
 
     RANK=.. WORLD_SIZE=.. MASTER_ADDR=.. MASTER_PORT=.. python torch_processes.py \\
         survive INNER MICRO_BATCHES
+    ... python torch_processes.py loop INNER
     ... python torch_processes.py curves INNER...
     ... python torch_processes.py watched FOLDER EPOCHS
     ... python torch_processes.py dying
@@ -19,6 +20,7 @@ sys.path.append(str(pathlib.Path(__file__).parents[2] / "examples"))
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from torch_ddp import Replicated
 from torch_ddp import start
 
@@ -88,6 +90,45 @@ class Trainer:
         """A hash of all that should be equal in every process."""
         data = b"".join(c[0].tobytes() for c in self.state().values())
         return hashlib.sha256(data).hexdigest()
+
+
+class Loop(Trainer):
+    """The loop of Keras's guide for distributed torch: a net in the module, no `fit`.
+
+    Its own, so that nothing rolls BatchNormalization back: the net has none.
+    """
+
+    def __init__(self, inner):
+        keras.utils.set_random_seed(0)
+        self.processes = dist.get_world_size()
+        self.model = faults.net(batch_normalization=False)
+        self.ddp = DistributedDataParallel(self.model)
+        self.optimizer = faults.optimizer(inner)
+        self.optimizer.build(self.model.trainable_variables)
+
+    def run(self, x, y, weights, epochs=1):
+        local = faults.BATCH // self.processes
+        own = [
+            np.split(a, len(a) // local)[dist.get_rank() :: self.processes]
+            for a in (x, y, weights)
+        ]
+        loss_of = keras.losses.SparseCategoricalCrossentropy()
+        variables, losses = self.model.trainable_variables, []
+        for batch in zip(*own, strict=True):
+            inputs, labels, each = map(torch.as_tensor, batch)
+            self.model.zero_grad()
+            loss = loss_of(labels, self.ddp(inputs, training=True), each)
+            self.optimizer.scale_loss(loss).backward()
+            with torch.no_grad():
+                self.optimizer.apply([v.value.grad for v in variables], variables)
+            losses.append(float(loss.detach()))
+        return self.mean([np.mean(losses)])
+
+
+def loop(inner):
+    trainer = Loop(inner)
+    faults.survive(trainer, trainer.optimizer, dist.get_world_size())
+    print("digest", trainer.digest(), flush=True)
 
 
 def survive(inner, micro_batches):
