@@ -51,6 +51,9 @@ class Processes:
             "PYTHONPATH": os.pathsep.join(paths),
             "TF_CPP_MIN_LOG_LEVEL": "2",
             "OMP_NUM_THREADS": "1",
+            # XLA on CPUs has a thread for each device or core, and a device that waits
+            # for others holds one: without some to spare, split weights hang at times.
+            "NPROC": "32",
             "DEADLINE": str(self.deadline),
             # Says where it stands when `_wait_for` aborts it.
             "PYTHONFAULTHANDLER": "1",

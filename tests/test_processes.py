@@ -65,14 +65,16 @@ def test_the_decision_adds_nothing_to_what_processes_tell_each_other():
 
 @pytest.mark.skipif(BACKEND != "jax", reason="keras.distribution")
 # Two processes of four devices: the batch is split between them, and the weights within
-# each. Processes of one device: every weight is split over all of them.
-@pytest.mark.parametrize("processes, devices", [(2, 4), (2, 1), (4, 1)])
+# each, or every weight over both. Four processes of one device: over all of them.
+@pytest.mark.parametrize(
+    "kind, processes, devices", [("model", 2, 4), ("across", 2, 4), ("model", 4, 1)]
+)
 def test_a_model_that_is_sharded_survives_faults_on_each_process(
-    processes, devices, monkeypatch
+    kind, processes, devices, monkeypatch
 ):
     flag = f"--xla_force_host_platform_device_count={devices}"
     monkeypatch.setenv("XLA_FLAGS", flag)
-    outputs = run_job(processes, "survive", "model", "most")
+    outputs = run_job(processes, "survive", kind, "most")
     digests = {tuple(words(o, "digest")[0]) for o in outputs}
     assert len(digests) == 1, digests
 

@@ -32,6 +32,8 @@ def test_eight_devices_learn_as_one_does(kind):
     assert output.count("same curve") == len(inners)
 
 
-@pytest.mark.parametrize("kind", ["data", "model"])
+@pytest.mark.parametrize(
+    "kind", [pytest.param("data", marks=pytest.mark.slow), "model"]
+)
 def test_the_decision_costs_no_more_than_a_few_numbers(kind):
     run(SCRIPT, [["collectives", kind]], EIGHT, deadline=200)

@@ -1,6 +1,6 @@
 """`keras.distribution` on JAX: devices of one process, or of several.
 
-python jax_devices.py survive data|model INNER [PORT PROCESSES INDEX]
+python jax_devices.py survive data|model|across INNER [PORT PROCESSES INDEX]
 python jax_devices.py curves data|model INNER...
 python jax_devices.py collectives data|model
 """
@@ -20,10 +20,15 @@ from jax_processes import start
 
 
 def distribution(kind):
-    """DataParallel over all devices, or four to a model and the rest data-parallel."""
+    """DataParallel over all devices, or four to a model and the rest data-parallel.
+
+    `model` takes the four from one process if it has them, `across` from all in turn.
+    """
     names = keras.distribution.list_devices()
     if kind == "data":
         return keras.distribution.DataParallel(devices=names, auto_shard_dataset=False)
+    if kind == "across":
+        names = np.array(names).reshape(jax.process_count(), -1).T.ravel().tolist()
     split = min(len(names), 4)
     shape = (len(names) // split, split)
     mesh = keras.distribution.DeviceMesh(shape, ("batch", "model"), names)
@@ -52,18 +57,15 @@ class Trainer:
         self.model.compile(self.optimizer, "sparse_categorical_crossentropy")
 
     def run(self, x, y, weights, epochs=1, callbacks=()):
-        # Each process brings what its devices take of every batch: all of it, where
-        # the weights alone are split over the processes.
-        sharing = min(jax.process_count(), _replicas())
-        first, local = jax.process_index() % sharing, faults.BATCH // sharing
+        own = _samples_of_this_process()
         parts = [
-            np.concatenate(np.split(a, len(a) // local)[first::sharing])
+            a.reshape(-1, faults.BATCH, *a.shape[1:])[:, own].reshape(-1, *a.shape[1:])
             for a in (x, y, weights)
         ]
         history = self.model.fit(
             *parts[:2],
             sample_weight=parts[2],
-            batch_size=local,
+            batch_size=len(own),
             epochs=epochs,
             callbacks=list(callbacks),
             shuffle=False,
@@ -120,9 +122,15 @@ class Trainer:
         return hashlib.sha256(data).hexdigest()
 
 
-def _replicas():
+def _samples_of_this_process():
+    """Where in a batch stands what the devices of this process take of it."""
     distribution = keras.distribution.distribution()
-    return distribution.device_mesh.shape[0] if distribution else 1
+    places = np.arange(faults.BATCH)
+    if distribution is None:
+        return places
+    layout = distribution.get_data_layout(places.shape).backend_layout
+    taken = layout.addressable_devices_indices_map(places.shape).values()
+    return np.unique(np.concatenate([places[index] for index in taken]))
 
 
 def _is_all_here(value):
