@@ -51,6 +51,9 @@ class Processes:
             "PYTHONPATH": os.pathsep.join(paths),
             "TF_CPP_MIN_LOG_LEVEL": "2",
             "OMP_NUM_THREADS": "1",
+            # XLA on CPUs has a thread for each device or core, and a device that waits
+            # for others holds one: without some to spare, split weights hang at times.
+            "NPROC": "32",
             "DEADLINE": str(self.deadline),
             # Says where it stands when `_wait_for` aborts it.
             "PYTHONFAULTHANDLER": "1",
@@ -103,7 +106,9 @@ class Processes:
     def output(self, index):
         """Return what a process has printed so far, errors included."""
         self.files[index].seek(0)
-        return self.files[index].read()
+        # Without the list, longer than all the rest, that ends Python's own traceback.
+        lines = self.files[index].read().splitlines(keepends=True)
+        return "".join(x for x in lines if not x.startswith("Extension modules:"))
 
     def __exit__(self, *_):
         for process in self.processes:

@@ -3,6 +3,8 @@
 Every job has a deadline and is killed at its end, whatever happened.
 """
 
+import re
+import signal
 import time
 
 import pytest
@@ -19,6 +21,12 @@ BEFORE = {"jax": ["data"]}.get(BACKEND, [])
 CASES = [("plain", []), ("most", [])]
 if BACKEND == "torch":
     CASES = [("plain", ["1"]), ("plain", ["2"]), ("most", ["2"])]
+# What each engine says of a process that is gone.
+GONE = {
+    "tensorflow": "(?i)unavailable|aborted|peer|heartbeat",
+    "jax": "(?i)JAX distributed service|coordination|gloo.*(closed|reset)",
+    "torch": "(?i)(connection|socket) (closed|reset|was)|broken pipe|by peer",
+}[BACKEND]
 # How many, of whom one dies; four on the engine that notices at once.
 DYING = [2, 4] if BACKEND == "torch" else [2]
 
@@ -29,6 +37,13 @@ def test_training_survives_faults_on_each_process(processes, inner, after):
     outputs = run_job(processes, "survive", *BEFORE, inner, *after)
     digests = {tuple(words(o, "digest")[0]) for o in outputs}
     assert len(digests) == 1, digests
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="the loop of Keras's guide for torch")
+@pytest.mark.parametrize("processes", [2, 4])
+def test_a_loop_of_ones_own_survives_faults_on_each_process(processes):
+    outputs = run_job(processes, "loop", "most")
+    assert len({tuple(words(o, "digest")[0]) for o in outputs}) == 1
 
 
 def test_the_example_runs():
@@ -43,12 +58,23 @@ def test_two_processes_learn_as_one_does():
     assert all(len(words(o, "same")) == 2 for o in outputs)
 
 
+@pytest.mark.skipif(BACKEND == "jax", reason="test_replicas_jax.py counts them")
+def test_the_decision_adds_nothing_to_what_processes_tell_each_other():
+    assert all(words(o, "collectives") for o in run_job(2, "collectives"))
+
+
 @pytest.mark.skipif(BACKEND != "jax", reason="keras.distribution")
-def test_a_model_that_is_sharded_survives_faults_on_each_process(monkeypatch):
-    # Two processes of four devices: the batch is split between them, and the weights
-    # within each.
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
-    outputs = run_job(2, "survive", "model", "most")
+# Two processes of four devices: the batch is split between them, and the weights within
+# each, or every weight over both. Four processes of one device: over all of them.
+@pytest.mark.parametrize(
+    "kind, processes, devices", [("model", 2, 4), ("across", 2, 4), ("model", 4, 1)]
+)
+def test_a_model_that_is_sharded_survives_faults_on_each_process(
+    kind, processes, devices, monkeypatch
+):
+    flag = f"--xla_force_host_platform_device_count={devices}"
+    monkeypatch.setenv("XLA_FLAGS", flag)
+    outputs = run_job(processes, "survive", kind, "most")
     digests = {tuple(words(o, "digest")[0]) for o in outputs}
     assert len(digests) == 1, digests
 
@@ -63,12 +89,27 @@ def test_a_dead_process_stops_the_others_and_training_resumes(processes, tmp_pat
         survivors = [i for i in range(processes) if i != 1]
         # The engine's own error, not a hang: `None` would be the deadline.
         assert all(training.wait(survivors)), training.output(0)
+        _check_that_they_say_why(training, survivors)
         last = _epochs(training.output(0))[-1]
     outputs = run_job(processes, "watched", tmp_path, last + 4)
     assert outputs[0].count("epoch") and _epochs(outputs[0])[0] in (last, last + 1)
     for output in outputs:
         for epoch, scale in _reports(output):
             assert scale == MAX_SCALE / 2 ** (epoch + 1), output
+
+
+@pytest.mark.skipif(BACKEND == "jax", reason="its step is one program, not ours to end")
+def test_a_process_that_dies_in_mid_step_ends_the_others():
+    with job(2, "dying") as training:
+        codes = training.wait()
+        assert codes[0] and codes[1] == -signal.SIGKILL, training.output(0)
+        _check_that_they_say_why(training, [0])
+
+
+def _check_that_they_say_why(training, survivors):
+    for output in map(training.output, survivors):
+        assert re.search(GONE, output), output
+        assert "Timeout (" not in output, output
 
 
 def _reports(output):

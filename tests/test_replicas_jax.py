@@ -30,3 +30,10 @@ def test_eight_devices_learn_as_one_does(kind):
     inners = ["plain", "accumulation", "averaging", "global_clipnorm", "all"]
     (output,) = run(SCRIPT, [["curves", kind, *inners]], EIGHT, deadline=300)
     assert output.count("same curve") == len(inners)
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param("data", marks=pytest.mark.slow), "model"]
+)
+def test_the_decision_costs_no_more_than_a_few_numbers(kind):
+    run(SCRIPT, [["collectives", kind]], EIGHT, deadline=200)

@@ -29,9 +29,17 @@ def test_training_survives_faults_on_each_replica(replicas, inner):
 
 
 @pytest.mark.slow
-def test_two_replicas_learn_as_one_device_does():
-    (output,) = run(MIRRORED, [["curves", 2, *INNER]], deadline=400)
-    assert output.count("same curve") == len(INNER)
+def test_one_device_survives_with_xla_and_without_and_several_refuse_it():
+    (output,) = run(MIRRORED, [["xla", 2]], deadline=400)
+    assert output.count("survived") == 4
+    assert "refused" in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("replicas, inners", [(2, list(INNER)), (4, ["all"])])
+def test_replicas_learn_as_one_device_does(replicas, inners):
+    (output,) = run(MIRRORED, [["curves", replicas, *inners]], deadline=400)
+    assert output.count("same curve") == len(inners)
 
 
 def test_accumulation_sums_over_replicas_and_survives_an_overflow():

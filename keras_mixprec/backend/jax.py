@@ -24,27 +24,47 @@ def unscale(grads, scale):
 
 
 def _flags(grads, scale):
-    groups, rows = group_by_shape(grads), [jnp.zeros((1, WIDTH))]
-    for members in groups:
-        rows.append(_rows_of_squares(jnp.stack([grads[i] for i in members])))
-    each = jnp.sum(jnp.concatenate(rows), axis=1)
-    each = each[jnp.array(order(groups, len(grads)))]
+    # Gradients that are split over devices must stay where they are: of two that are
+    # split differently one would be moved to be stacked, and XLA would split the layers
+    # before them otherwise than without us.
+    each = _by_gradient(grads) if _weights_are_split() else _by_shape(grads)
     limit = jnp.minimum(LARGEST_NORM * scale, LARGEST_SCALED_NORM)
     # `isfinite` too: what compiles this may take not(a <= b) for a > b, which is false
     # for NaN as well.
     return ~(jnp.isfinite(each) & (each <= jnp.square(limit)))
 
 
+def _weights_are_split():
+    distribution = keras.distribution.distribution()
+    return isinstance(distribution, keras.distribution.ModelParallel)
+
+
+def _by_gradient(grads):
+    return jnp.stack([jnp.sum(_squares(g)).astype(jnp.float32) for g in grads])
+
+
+def _by_shape(grads):
+    """Return the same in few kernels: see `shapes`."""
+    groups, rows = group_by_shape(grads), [jnp.zeros((1, WIDTH))]
+    for members in groups:
+        rows.append(_rows_of_squares(jnp.stack([grads[i] for i in members])))
+    each = jnp.sum(jnp.concatenate(rows), axis=1)
+    return each[jnp.array(order(groups, len(grads)))]
+
+
 def _rows_of_squares(stacked):
     """Return sums of squares of stacked gradients, of shape `(gradients, WIDTH)`."""
-    squares = jnp.square(stacked.astype(jnp.promote_types(stacked.dtype, jnp.float32)))
-    rows = rows_of(stacked.shape[1:])
+    squares, rows = _squares(stacked), rows_of(stacked.shape[1:])
     if rows is None:
         squares = squares.reshape(len(stacked), -1)
     else:
         squares = jnp.sum(squares.reshape(len(stacked), rows, -1), axis=2)
     short = WIDTH - squares.shape[1]
     return jnp.pad(squares.astype(jnp.float32), ((0, 0), (0, short)))
+
+
+def _squares(x):
+    return jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
 
 
 def reduce_gradients(grads):

@@ -184,8 +184,7 @@ def _require_no_xla_over_replicas(model):
             "the step of all replicas as one, and XLA compiles for one device. "
             f"Received: jit_compile=True and {replicas} replicas of "
             f"{type(model.distribute_strategy).__name__}. Pass `jit_compile=False` to "
-            "`compile`, or compile what each replica runs in a loop of your own: "
-            "`strategy.run(tf.function(step, jit_compile=True))`."
+            "`compile`."
         )
 
 

@@ -55,8 +55,10 @@ INNER = {
 }
 
 
-def optimizer(inner):
-    """Our wrapper around a fresh `INNER[inner]`, quick to grow."""
+def optimizer(inner, wrapped=True):
+    """Our wrapper around a fresh `INNER[inner]`, quick to grow; or that alone."""
+    if not wrapped:
+        return INNER[inner]()
     return mp.LossScaleOptimizer(
         INNER[inner](), MAX_SCALE, GROWTH_STEPS, max_scale=MAX_SCALE
     )

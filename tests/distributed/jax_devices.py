@@ -1,29 +1,42 @@
 """`keras.distribution` on JAX: devices of one process, or of several.
 
-python jax_devices.py survive data|model INNER [PORT PROCESSES INDEX]
+python jax_devices.py survive data|model|across INNER [PORT PROCESSES INDEX]
 python jax_devices.py curves data|model INNER...
+python jax_devices.py collectives data|model
 """
 
+import collections
 import hashlib
+import math
+import re
 import sys
 
 import faults
 import jax
+import jax.numpy as jnp
 import keras
 import numpy as np
 from jax_processes import start
 
 
 def distribution(kind):
-    """DataParallel over all devices, or four to a model and the rest data-parallel."""
+    """DataParallel over all devices, or four to a model and the rest data-parallel.
+
+    `model` takes the four from one process if it has them, `across` from all in turn.
+    """
     names = keras.distribution.list_devices()
     if kind == "data":
         return keras.distribution.DataParallel(devices=names, auto_shard_dataset=False)
-    shape = (len(names) // 4, 4)
+    if kind == "across":
+        names = np.array(names).reshape(jax.process_count(), -1).T.ravel().tolist()
+    split = min(len(names), 4)
+    shape = (len(names) // split, split)
     mesh = keras.distribution.DeviceMesh(shape, ("batch", "model"), names)
     layouts = keras.distribution.LayoutMap(mesh)
-    layouts["hidden.*kernel"] = (None, "model")
-    layouts["hidden.*bias"] = ("model",)
+    # A pattern has to match a whole path: where none does, nothing is split.
+    layouts[".*hidden.*kernel"] = (None, "model")
+    layouts[".*hidden.*bias"] = ("model",)
+    layouts[".*row.*kernel"] = ("model", None)
     return keras.distribution.ModelParallel(
         layout_map=layouts, batch_dim_name="batch", auto_shard_dataset=False
     )
@@ -44,17 +57,15 @@ class Trainer:
         self.model.compile(self.optimizer, "sparse_categorical_crossentropy")
 
     def run(self, x, y, weights, epochs=1, callbacks=()):
-        processes = jax.process_count()
-        first, local = jax.process_index(), faults.BATCH // processes
-        # Each process brings its own part of every batch.
+        own = _samples_of_this_process()
         parts = [
-            np.concatenate(np.split(a, len(a) // local)[first::processes])
+            a.reshape(-1, faults.BATCH, *a.shape[1:])[:, own].reshape(-1, *a.shape[1:])
             for a in (x, y, weights)
         ]
         history = self.model.fit(
             *parts[:2],
             sample_weight=parts[2],
-            batch_size=local,
+            batch_size=len(own),
             epochs=epochs,
             callbacks=list(callbacks),
             shuffle=False,
@@ -73,18 +84,58 @@ class Trainer:
 
     def check_layouts(self):
         """Slots lie as their weights do; counters lie whole on every device."""
-        slots = self.optimizer.inner_optimizer.variables
-        for v in [*self.model.variables, *slots]:
-            expected = v._layout.backend_layout
-            assert v.value.sharding.is_equivalent_to(expected, v.value.ndim), v.path
+        for v in self.model.variables:
+            self.check_lies_as(v.value.sharding, v)
+            # By its name: `Sequential`'s own has no part in how a weight is split.
+            split = isinstance(
+                keras.distribution.distribution(), keras.distribution.ModelParallel
+            ) and v.path.split("/")[-2].startswith("hidden")
+            assert v.value.sharding.is_fully_replicated != split, v.path
         for v in self.optimizer._variables:
             assert v.value.sharding.is_fully_replicated, v.path
 
+    def check_lies_as(self, sharding, weight):
+        """The slots of a weight are split over the devices as it is."""
+        name = weight.path.replace("/", "_") + "_"
+        slots = [
+            v
+            for v in self.optimizer.inner_optimizer.variables
+            if v.path.split("/")[-1].startswith(name)
+        ]
+        assert slots or not weight.trainable, weight.path
+        for v in slots:
+            assert v.value.sharding.is_equivalent_to(sharding, v.value.ndim), v.path
+
     def digest(self):
-        """A hash of all that should be equal on every process."""
-        state = sorted(self.state().items())
-        data = b"".join(c[0].tobytes() for _, c in state)
+        """A hash of all that should be equal on every process.
+
+        Of a variable that is split over the processes each has a part of its own.
+        """
+        owned = [*self.model.variables, *self.optimizer.variables]
+        parts = {
+            f"{i} {shard.index}": np.asarray(shard.data).tobytes()
+            for i, v in enumerate(owned)
+            if _is_all_here(v.value)
+            for shard in v.value.addressable_shards
+        }
+        data = b"".join(parts[key] for key in sorted(parts))
         return hashlib.sha256(data).hexdigest()
+
+
+def _samples_of_this_process():
+    """Where in a batch stands what the devices of this process take of it."""
+    distribution = keras.distribution.distribution()
+    places = np.arange(faults.BATCH)
+    if distribution is None:
+        return places
+    layout = distribution.get_data_layout(places.shape).backend_layout
+    taken = layout.addressable_devices_indices_map(places.shape).values()
+    return np.unique(np.concatenate([places[index] for index in taken]))
+
+
+def _is_all_here(value):
+    here = {str(shard.index) for shard in value.addressable_shards}
+    return here == {str(shard.index) for shard in value.global_shards}
 
 
 def join(port=0, processes=1, index=0):
@@ -118,6 +169,63 @@ def curves(kind, *inners):
         np.testing.assert_allclose(together, alone, rtol=1e-4)
         assert alone[-1] < 0.9 * alone[0], alone
         print("same curve with", inner, together, flush=True)
+
+
+def collectives(kind):
+    """What the devices tell each other in a step, without loss scaling and with it.
+
+    In data-parallel training the decision is read off the summed gradients. Where
+    weights are split, it takes one more all-reduce, of a number for each that is; and
+    layers are split as without us, also two of one shape that are split differently.
+    """
+    keras.distribution.set_distribution(distribution(kind))
+    without, ours = (
+        _collectives(faults.optimizer("plain", wrapped)) for wrapped in (False, True)
+    )
+    print("collectives", without, ours, flush=True)
+    alone, together = without.pop("all-reduce"), ours.pop("all-reduce")
+    assert ours == without
+    more = [b - a for a, b in zip(alone, together, strict=True)]
+    split = 0 if kind == "data" else 3
+    assert more == [bool(split), split], more
+
+
+def _collectives(optimizer):
+    """Return operation -> (how many, of how many numbers) in a compiled step."""
+    dense = keras.layers.Dense
+    model = keras.Sequential(
+        [
+            keras.Input((8,)),
+            dense(16, dtype="mixed_float16", name="first"),
+            dense(16, dtype="mixed_float16", name="hidden"),
+            dense(16, dtype="mixed_float16", name="row"),
+            dense(3, activation="softmax", dtype="float32"),
+        ]
+    )
+    model.compile(optimizer, "sparse_categorical_crossentropy", auto_scale_loss=False)
+    batch = [jnp.asarray(a) for a in faults.batches(1)]
+    model.fit(*batch[:2], sample_weight=batch[2], batch_size=faults.BATCH, verbose=0)
+    owners = (
+        model.trainable_variables,
+        model.non_trainable_variables,
+        model.optimizer.variables,
+        model.metrics_variables,
+    )
+    state = tuple([v.value for v in owned] for owned in owners)
+    shardings = jax.tree.map(lambda value: value.sharding, state)
+    step = jax.jit(model.train_step, out_shardings=(None, shardings))
+    layout = keras.distribution.distribution().get_data_layout
+    batch = [jax.device_put(a, layout(a.shape).backend_layout) for a in batch]
+    return _count(step.lower(state, tuple(batch)).compile().as_text())
+
+
+def _count(program):
+    found = collections.defaultdict(lambda: np.zeros(2, int))
+    for type_, name in re.findall(r" = (.*?) (all-\w+|reduce-scatter)\(", program):
+        shapes = re.findall(r"\[([\d,]*)\]", type_)
+        numbers = sum(math.prod(map(int, filter(None, s.split(",")))) for s in shapes)
+        found[name] += 1, numbers
+    return {name: tuple(map(int, counts)) for name, counts in found.items()}
 
 
 def curve(inner):

@@ -3,6 +3,7 @@
 python mirrored.py survive REPLICAS INNER
 python mirrored.py curves REPLICAS INNER...
 python mirrored.py accumulate REPLICAS
+python mirrored.py xla REPLICAS
 """
 
 import sys
@@ -28,16 +29,21 @@ class Trainer:
     Args:
         strategy: `tf.distribute.Strategy`.
         inner: A key of `faults.INNER`.
+        jit_compile: Bool or `"auto"`. Defaults to Keras's choice.
         net: Keyword arguments of `faults.net`.
     """
 
-    def __init__(self, strategy, inner, **net):
+    def __init__(self, strategy, inner, jit_compile="auto", **net):
         keras.utils.set_random_seed(0)
         self.strategy = strategy
         with strategy.scope():
             self.model = faults.net(**net)
             self.optimizer = faults.optimizer(inner)
-            self.model.compile(self.optimizer, "sparse_categorical_crossentropy")
+            self.model.compile(
+                self.optimizer,
+                "sparse_categorical_crossentropy",
+                jit_compile=jit_compile,
+            )
 
     def run(self, x, y, weights, epochs=1):
         batches = tf.data.Dataset.from_tensor_slices((x, y, weights))
@@ -59,6 +65,24 @@ def survive(replicas, inner):
     faults.survive(trainer, trainer.optimizer, replicas)
     x, y, weights = faults.batches(2)
     assert np.isfinite(trainer.model.evaluate(x, y, verbose=0))
+
+
+def xla(replicas):
+    """Where TensorFlow compiles a step it survives; where it cannot, we say so."""
+    names = devices(replicas)
+    for strategy in (
+        tf.distribute.OneDeviceStrategy(names[0]),
+        tf.distribute.MirroredStrategy(names[:1]),
+    ):
+        for jit_compile in (True, False):
+            trainer = Trainer(strategy, "all", jit_compile)
+            assert trainer.model.jit_compile is jit_compile
+            faults.survive(trainer, trainer.optimizer, 1)
+    try:
+        Trainer(tf.distribute.MirroredStrategy(names), "all", True)
+    except ValueError as error:
+        assert "`jit_compile` must be False" in str(error), error
+        print("refused", flush=True)
 
 
 def curves(replicas, *inners):

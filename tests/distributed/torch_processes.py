@@ -2,18 +2,25 @@
 
     RANK=.. WORLD_SIZE=.. MASTER_ADDR=.. MASTER_PORT=.. python torch_processes.py \\
         survive INNER MICRO_BATCHES
+    ... python torch_processes.py loop INNER
     ... python torch_processes.py curves INNER...
     ... python torch_processes.py watched FOLDER EPOCHS
+    ... python torch_processes.py dying
+    ... python torch_processes.py collectives
 """
 
+import collections
 import hashlib
+import os
 import pathlib
+import signal
 import sys
 
 sys.path.append(str(pathlib.Path(__file__).parents[2] / "examples"))
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from torch_ddp import Replicated
 from torch_ddp import start
 
@@ -29,16 +36,19 @@ class Trainer:
         inner: A key of `faults.INNER`.
         micro_batches: Int, parts of a batch. Defaults to `1`.
         wrap: Whether to use DistributedDataParallel. Defaults to `True`.
+        scaled: Whether to scale the loss. Defaults to `True`.
         net: Keyword arguments of `faults.net`.
     """
 
-    def __init__(self, inner, micro_batches=1, wrap=True, **net):
+    def __init__(self, inner, micro_batches=1, wrap=True, scaled=True, **net):
         keras.utils.set_random_seed(0)
         model = faults.net(**net)
         self.processes = dist.get_world_size() if wrap else 1
         self.model = Replicated(model, micro_batches) if wrap else model
-        self.optimizer = faults.optimizer(inner)
-        self.model.compile(self.optimizer, "sparse_categorical_crossentropy")
+        self.optimizer = faults.optimizer(inner, scaled)
+        self.model.compile(
+            self.optimizer, "sparse_categorical_crossentropy", auto_scale_loss=scaled
+        )
 
     def run(self, x, y, weights, epochs=1, callbacks=()):
         local = faults.BATCH // self.processes
@@ -82,6 +92,45 @@ class Trainer:
         return hashlib.sha256(data).hexdigest()
 
 
+class Loop(Trainer):
+    """The loop of Keras's guide for distributed torch: a net in the module, no `fit`.
+
+    Its own, so that nothing rolls BatchNormalization back: the net has none.
+    """
+
+    def __init__(self, inner):
+        keras.utils.set_random_seed(0)
+        self.processes = dist.get_world_size()
+        self.model = faults.net(batch_normalization=False)
+        self.ddp = DistributedDataParallel(self.model)
+        self.optimizer = faults.optimizer(inner)
+        self.optimizer.build(self.model.trainable_variables)
+
+    def run(self, x, y, weights, epochs=1):
+        local = faults.BATCH // self.processes
+        own = [
+            np.split(a, len(a) // local)[dist.get_rank() :: self.processes]
+            for a in (x, y, weights)
+        ]
+        loss_of = keras.losses.SparseCategoricalCrossentropy()
+        variables, losses = self.model.trainable_variables, []
+        for batch in zip(*own, strict=True):
+            inputs, labels, each = map(torch.as_tensor, batch)
+            self.model.zero_grad()
+            loss = loss_of(labels, self.ddp(inputs, training=True), each)
+            self.optimizer.scale_loss(loss).backward()
+            with torch.no_grad():
+                self.optimizer.apply([v.value.grad for v in variables], variables)
+            losses.append(float(loss.detach()))
+        return self.mean([np.mean(losses)])
+
+
+def loop(inner):
+    trainer = Loop(inner)
+    faults.survive(trainer, trainer.optimizer, dist.get_world_size())
+    print("digest", trainer.digest(), flush=True)
+
+
 def survive(inner, micro_batches):
     trainer = Trainer(inner, int(micro_batches))
     faults.survive(trainer, trainer.optimizer, dist.get_world_size())
@@ -92,6 +141,38 @@ def survive(inner, micro_batches):
 
 def watched(folder, epochs):
     faults.watched(Trainer("most"), folder, int(epochs), dist.get_rank() == 0)
+
+
+def dying():
+    """The second process dies in its fifth step, after the forward pass."""
+    trainer, losses = Trainer("plain"), []
+    compute_loss = trainer.model.compute_loss
+
+    def compute_loss_or_die(*args, **kwargs):
+        losses.append(compute_loss(*args, **kwargs))
+        if dist.get_rank() == 1 and len(losses) == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return losses[-1]
+
+    trainer.model.compute_loss = compute_loss_or_die
+    trainer.run(*faults.batches(10))
+
+
+def collectives():
+    """Scaling the loss adds nothing to what the processes tell each other."""
+    found = [_collectives(Trainer("plain", scaled=scaled)) for scaled in (False, True)]
+    assert found[0] == found[1] and found[0].total() > 0, found
+    print("collectives", dict(found[1]), flush=True)
+
+
+def _collectives(trainer):
+    # After the first batches, by which DistributedDataParallel chooses its buckets.
+    trainer.run(*faults.batches(3))
+    with torch.profiler.profile() as profile:
+        trainer.run(*faults.batches(3, [1]))
+    return collections.Counter(
+        event.name for event in profile.events() if event.name.startswith("c10d::")
+    )
 
 
 def curves(*inners):

@@ -3,11 +3,15 @@
 TF_CONFIG=.. python workers.py survive INNER
 TF_CONFIG=.. python workers.py curves INNER...
 TF_CONFIG=.. python workers.py watched FOLDER EPOCHS
+TF_CONFIG=.. python workers.py dying
+TF_CONFIG=.. python workers.py collectives
 """
 
+import collections
 import hashlib
 import json
 import os
+import signal
 import sys
 
 import faults
@@ -24,24 +28,33 @@ class Trainer:
     Args:
         strategy: `tf.distribute.Strategy`.
         inner: A key of `faults.INNER`.
+        scaled: Whether to scale the loss. Defaults to `True`.
         net: Keyword arguments of `faults.net`.
     """
 
-    def __init__(self, strategy, inner, **net):
+    def __init__(self, strategy, inner, scaled=True, **net):
         keras.utils.set_random_seed(0)
         self.strategy = strategy
         with strategy.scope():
             self.model = faults.net(**net)
-            self.optimizer = faults.optimizer(inner)
-            self.model.compile(self.optimizer, "sparse_categorical_crossentropy")
+            self.optimizer = faults.optimizer(inner, scaled)
+            self.model.compile(
+                self.optimizer,
+                "sparse_categorical_crossentropy",
+                auto_scale_loss=scaled,
+            )
             self.optimizer.build(self.model.trainable_variables)
         self.step = make_step(self.model)
 
     def run(self, x, y, weights, epochs=1, callbacks=()):
-        batches = tf.data.Dataset.from_tensor_slices((x, y, weights))
-        batches = self.strategy.experimental_distribute_dataset(_by_data(batches))
+        batches = self.distributed(x, y, weights)
         logs = train(self.model, self.step, batches, epochs, callbacks, verbose=False)
         return logs["loss"]
+
+    def distributed(self, *arrays):
+        """The arrays in batches, of which each worker takes its part."""
+        batches = tf.data.Dataset.from_tensor_slices(arrays)
+        return self.strategy.experimental_distribute_dataset(_by_data(batches))
 
     def state(self):
         """Path -> the copies of a variable; BatchNormalization's are each its own."""
@@ -83,6 +96,48 @@ def watched(folder, epochs):
     trainer = Trainer(strategy, "most")
     is_chief = strategy.extended.should_checkpoint
     faults.watched(trainer, folder, int(epochs), is_chief)
+
+
+def dying():
+    """The second worker dies in its fifth step, after the forward pass."""
+    strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    trainer = Trainer(strategy, "plain")
+    compute_loss = trainer.model.compute_loss
+    worker = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
+    steps = []
+
+    def die_in_time(loss):
+        steps.append(loss)
+        if worker == 1 and len(steps) == 5:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return loss
+
+    def compute_loss_or_die(*args, **kwargs):
+        loss = compute_loss(*args, **kwargs)
+        with tf.control_dependencies([tf.py_function(die_in_time, [loss], tf.float32)]):
+            return tf.identity(loss)
+
+    trainer.model.compute_loss = compute_loss_or_die
+    trainer.run(*faults.batches(10))
+
+
+def collectives():
+    """Scaling the loss adds nothing to what the workers tell each other."""
+    strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    found = [
+        _collectives(Trainer(strategy, "plain", scaled)) for scaled in (False, True)
+    ]
+    assert found[0] == found[1] and found[0].total() > 0, found
+    print("collectives", dict(found[1]), flush=True)
+
+
+def _collectives(trainer):
+    batch = next(iter(trainer.distributed(*faults.batches(1))))
+    graph = trainer.step.get_concrete_function(batch).graph.as_graph_def()
+    nodes = [graph.node, *(f.node_def for f in graph.library.function)]
+    return collections.Counter(
+        n.op for each in nodes for n in each if n.op.startswith("Collective")
+    )
 
 
 def curves(*inners):
