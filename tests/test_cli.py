@@ -178,6 +178,12 @@ def test_convert_keeps_weights_and_writes_policies(run, saved):
         assert a.tobytes() == b.tobytes()
 
 
+def test_nothing_is_warned_of_a_model_that_never_trained(run, folder):
+    classifier().save("fresh.keras")
+    status, _, err = run("convert", "fresh.keras", "half.keras")
+    assert (status, err) == (0, "")
+
+
 def test_convert_carries_out_an_edited_plan(run, saved, folder):
     _, out, _ = run("plan", "m.keras", "--json", "--policy", "mixed_bfloat16")
     plan = mp.PrecisionPlan.from_json(out).override("first", "float32")
@@ -243,6 +249,7 @@ def test_python_code_in_a_file_is_not_run_unasked(run, folder):
         (["plan", "m.keras", "--import", "no_such"], 1, "Cannot import 'no_such'"),
         (["plan"], 2, "Missing argument 'MODEL.keras'"),
         (["plam"], 2, "No such command 'plam'"),
+        (["launch", "--polcy", "x"], 2, "Did you mean '--policy'? See `keras"),
         (["plan", "m.keras", "too", "many"], 2, "arguments (too many). See"),
         (["convert", "m.keras", "out.h5"], 2, "Expected OUT.keras"),
         (["convert", "m.keras", "no/out.keras"], 1, "its folder does not exist"),
