@@ -110,6 +110,11 @@ def test_every_tutorial_was_executed_and_is_small():
         assert [c.source for c in code if c.source not in source] == []
         outputs = [o for c in code for o in c.outputs]
         assert outputs
+        # Else where a text is cut, and what the page shows, is the kernel's timing.
+        kinds = [[o.output_type for o in c.outputs] for c in code]
+        assert [
+            k for k in kinds if ("stream", "stream") in zip(k, k[1:], strict=False)
+        ] == []
         assert [o for o in outputs if o.output_type == "error"] == []
         texts = [o.get("text", "") for o in outputs]
         assert [t for t in texts if re.search(r"Warning|/tmp/|/home/", t)] == []
