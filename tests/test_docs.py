@@ -85,6 +85,13 @@ def test_formulas_become_mathml_and_code_does_not():
     assert made.endswith("and $5")
 
 
+def test_names_in_tables_wrap_at_their_joints():
+    page = "<code>a.b</code><table><td><code>my.one_name(x=2.0)</code> a.b</td></table>"
+    made = hooks().on_page_content(page, None, None, None)
+    wrapped = "my.<wbr>one_<wbr>name(<wbr>x=<wbr>2.0)"
+    assert made == page.replace("my.one_name(x=2.0)", wrapped)
+
+
 def test_a_dead_link_is_found(tmp_path):
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "index.html").write_text('<h1 id="a"></h1>')
