@@ -77,7 +77,7 @@ def main(arguments=None):
         {name: ids[test:] for name, ids in x.items()},
         y[test:],
         batch_size=32_768 if args.full else 256,
-        epochs=2 if args.full else 6,
+        epochs=3 if args.full else 6,
         validation_data=({name: ids[:test] for name, ids in x.items()}, y[:test]),
         verbose=2,
         callbacks=[mp.MixedPrecisionMonitor()],  # mixed precision
