@@ -14,6 +14,7 @@ import pytest
 import keras_mixprec as mp
 from keras_mixprec.policy import POLICIES
 from keras_mixprec_cli import app
+from keras_mixprec_cli import machine
 from keras_mixprec_cli import options
 from keras_mixprec_cli import samples
 
@@ -354,6 +355,22 @@ def test_doctor_says_what_is_here(run):
     status, out, _ = run("doctor", "--no-measure")
     assert f"Use {found['best_policy']} here" in out
     assert "Missing: an accelerator" in out or found["devices"][0]["kind"] == "gpu"
+
+
+def test_doctor_does_not_advise_what_it_measured_to_be_slower():
+    def advised(speedup):
+        rows = [
+            {"dtype": "float32", "speedup": 1.0},
+            {"dtype": "bfloat16", "speedup": speedup},
+        ]
+        return machine.advice("mixed_bfloat16", "bfloat16 units", rows)
+
+    for speedup in (None, 0.95, 3.0):
+        assert advised(speedup) == "Use mixed_bfloat16 here: bfloat16 units."
+    assert advised(0.5).startswith("Use float32 here:")
+    assert "0.50 times float32's speed" in advised(0.5)
+    rows = [{"dtype": "float32", "speedup": 1.0}]
+    assert machine.advice("float32", "a CPU", rows) == "Use float32 here: a CPU."
 
 
 def test_help_does_not_import_keras():
