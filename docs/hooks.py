@@ -1,6 +1,7 @@
 """What MkDocs is made to do: refuse undocumented names, and set formulas as MathML.
 
-And lead links of notebooks to pages, which MkDocs does for Markdown only.
+And lead links of notebooks to pages, which MkDocs does for Markdown only, and let
+names in tables wrap where they have joints, for phones.
 """
 
 import functools
@@ -18,6 +19,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 _SOURCE = re.compile(r'href="(?!\w+:)([^"#]+\.(?:ipynb|md))(#[^"]*)?"')
 # A warning in it fails a strict build.
 _logger = logging.getLogger("mkdocs.hooks")
+_TABLE = re.compile(r"<table>.*?</table>", re.DOTALL)
+_NAME = re.compile(r"(?<=<code>)[^<]+(?=</code>)")
+_JOINT = re.compile(r"(?<=[a-z)][._(=])(?=\w)")
 _CODE = re.compile(r"<pre.*?</pre>|<code.*?</code>|<script.*?</script>", re.DOTALL)
 _FORMULA = re.compile(
     r'<(?:span|div) class="arithmatex">\\[(\[](.+?)\\[)\]]</(?:span|div)>'
@@ -76,6 +80,7 @@ def on_page_content(text, page, config, files):
     """Set formulas as MathML, which browsers draw by themselves, and links right."""
     if page is not None and page.file.src_uri.endswith(".ipynb"):
         text = _SOURCE.sub(lambda match: _href(match, page.file, files), text)
+    text = _TABLE.sub(lambda match: _with_joints(match[0]), text)
     if "$" not in text and "arithmatex" not in text:
         return text
     parts, end = [], 0
@@ -83,6 +88,10 @@ def on_page_content(text, page, config, files):
         parts += [_FORMULA.sub(_mathml, text[end : code.start()]), code[0]]
         end = code.end()
     return "".join([*parts, _FORMULA.sub(_mathml, text[end:])])
+
+
+def _with_joints(table):
+    return _NAME.sub(lambda name: _JOINT.sub("<wbr>", name[0]), table)
 
 
 def _href(match, source, files):

@@ -53,7 +53,7 @@ def main(arguments=None):
     history = model.fit(
         x,
         y,
-        batch_size=64,
+        batch_size=4096 if args.full else 64,
         epochs=8,
         validation_split=0.2,
         verbose=2,

@@ -149,11 +149,11 @@ def main(arguments=None):
     mp.set_policy(args.policy)  # mixed precision
     model = kinds[keras.backend.backend()](2048 if args.full else 64)
     model.build((None, NOISE))
-    rates = (keras.optimizers.Adam(1e-3, beta_1=0.5) for _ in "dg")
-    model.compile(*rates)
+    rate, epochs = (2e-4, 100) if args.full else (1e-3, 40)
+    model.compile(*(keras.optimizers.Adam(rate, beta_1=0.5) for _ in "dg"))
     monitor = mp.MixedPrecisionMonitor()  # mixed precision
     points = circle(8192)
-    model.fit(points, batch_size=256, epochs=40, verbose=2, callbacks=[monitor])
+    model.fit(points, None, 256, epochs, verbose=2, callbacks=[monitor])
     noise = np.random.default_rng(1).normal(size=(1000, NOISE)).astype("float32")
     distance = np.linalg.norm(model.predict(noise, verbose=0), axis=1)
     print(f"distance of drawn points: {distance.mean():.2f} ± {distance.std():.2f}")

@@ -68,7 +68,8 @@ def main(arguments=None):
     mp.set_policy(args.policy)  # mixed precision
     x, x_test, y, y_test = load_data()
     model = build_model(4096 if args.full else 64)
-    optimizer = mp.LossScaleOptimizer(keras.optimizers.Adam(0.003))  # mixed precision
+    adam = keras.optimizers.Adam(3e-4 if args.full else 3e-3)
+    optimizer = mp.LossScaleOptimizer(adam)  # mixed precision
     optimizer.build(model.trainable_variables)
     train(model, optimizer, batches(x, y, 64, epochs=12))
     right = accuracy(model, x_test, y_test)

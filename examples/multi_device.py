@@ -79,7 +79,7 @@ def main(arguments=None):
     with engine(args.devices):
         model = build_model(4096 if args.full else 64)
         model.compile(
-            keras.optimizers.Adam(0.003),
+            keras.optimizers.Adam(3e-4 if args.full else 3e-3),
             keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         )
     half = args.policy == "mixed_float16"

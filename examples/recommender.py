@@ -22,10 +22,14 @@ import keras_mixprec as mp  # mixed precision
 
 
 def made_up_ratings(users, items, count, kinds=8):
-    """Return pairs of ids, and whether the user likes items of that kind."""
+    """Return pairs of ids, and whether the user likes items of that kind.
+
+    Popular as such ids are: the k-th in proportion to 1/k (Zipf's law). In a table of
+    millions most are met once or never, and tell nothing of themselves.
+    """
     random = np.random.default_rng(0)
-    user = random.integers(0, users, count).astype("int32")
-    item = random.integers(0, items, count).astype("int32")
+    user = (users ** random.random(count)).astype("int32") - 1
+    item = (items ** random.random(count)).astype("int32") - 1
     # Half of them of the user's kind, so that guessing gets half right.
     fitting = np.minimum(item - item % kinds + user % kinds, items - 1)
     item = np.where(random.random(count) < 0.5, fitting, item).astype("int32")
@@ -59,7 +63,7 @@ def main(arguments=None):
     keras.utils.set_random_seed(0)
     mp.set_policy(args.policy)  # mixed precision
     users, items, count = (
-        (1_000_000, 10_000_000, 8_000_000) if args.full else (400, 800, 40_000)
+        (1_000_000, 10_000_000, 32_000_000) if args.full else (400, 800, 40_000)
     )
     model = build_model(users, items, width=128 if args.full else 16)
     plan = mp.plan(model, args.policy)  # mixed precision
@@ -72,8 +76,8 @@ def main(arguments=None):
     history = model.fit(
         {name: ids[test:] for name, ids in x.items()},
         y[test:],
-        batch_size=8192 if args.full else 256,
-        epochs=6,
+        batch_size=32_768 if args.full else 256,
+        epochs=3 if args.full else 6,
         validation_data=({name: ids[:test] for name, ids in x.items()}, y[:test]),
         verbose=2,
         callbacks=[mp.MixedPrecisionMonitor()],  # mixed precision

@@ -1,10 +1,12 @@
 """Image classification with ResNet-50 in mixed precision.
 
     python examples/resnet.py
+    python examples/resnet.py --full
     python examples/resnet.py --full --images path/to/imagenet/train
 
 The small size trains a shallow ResNet-V2 of the same blocks on the 1,797 digits that
-scikit-learn ships; the full one ResNet-50 on a folder with one subfolder per class.
+scikit-learn ships. The full one trains ResNet-50: on a folder with one subfolder per
+class, or without one on the same digits, enlarged to 224 x 224 pixels.
 """
 
 import argparse
@@ -26,6 +28,12 @@ def digits():
     images, labels = load_digits(return_X_y=True)
     images = (images / 16).astype("float32").reshape(-1, 8, 8, 1)
     return train_test_split(images, labels, test_size=0.3, random_state=0)
+
+
+def enlarged(images):
+    """Return the images as photographs come: 224 x 224, three colours, 0 to 255."""
+    images = images.repeat(3, axis=-1) * 255
+    return keras.ops.convert_to_numpy(keras.ops.image.resize(images, (224, 224)))
 
 
 def small_resnet(classes):
@@ -68,38 +76,49 @@ def resnet50(classes):
     return keras.Model(inputs, outputs(base(x), classes), name="resnet50")
 
 
-def main(arguments=None):
-    """Train. Returns 0 if the small size gets 95% of unseen digits, 1 otherwise."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--policy", default="mixed_float16")
-    parser.add_argument("--full", action="store_true")
-    parser.add_argument("--images", help="folder for --full, a subfolder per class")
-    parser.add_argument("--epochs", type=int, default=4)
-    args = parser.parse_args(arguments)
-    keras.utils.set_random_seed(0)
-    mp.set_policy(args.policy)  # mixed precision
-    if args.full:
+def load(args):
+    """Return the model, and what `fit` is to train it on."""
+    if args.full and args.images:
         data = keras.utils.image_dataset_from_directory(
             args.images, image_size=(224, 224), batch_size=128
         )
-        model, fit = resnet50(len(data.class_names)), {"x": data}
-    else:
-        x, x_test, y, y_test = digits()
-        model = small_resnet(10)
-        fit = {"x": x, "y": y, "batch_size": 64, "validation_data": (x_test, y_test)}
-    rate = keras.optimizers.schedules.CosineDecay(3e-3, args.epochs * 20)
+        return resnet50(len(data.class_names)), {"x": data}
+    x, x_test, y, y_test = digits()
+    if args.full:
+        return resnet50(10), {"x": enlarged(x), "y": y, "batch_size": 128}
+    data = {"x": x, "y": y, "batch_size": 64, "validation_data": (x_test, y_test)}
+    return small_resnet(10), data
+
+
+def main(arguments=None):
+    """Train. Returns 0 if the digits are learned (or it saw others), 1 otherwise."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--policy", default="mixed_float16")
+    parser.add_argument("--full", action="store_true", help="ResNet-50, 224 x 224")
+    parser.add_argument("--images", help="folder for --full, a subfolder per class")
+    parser.add_argument("--epochs", type=int, help="default: 4, with --full 16")
+    args = parser.parse_args(arguments)
+    epochs = args.epochs or (16 if args.full else 4)
+    keras.utils.set_random_seed(0)
+    mp.set_policy(args.policy)  # mixed precision
+    model, data = load(args)
+    rate = keras.optimizers.schedules.CosineDecay(3e-3, epochs * 20)
     model.compile(
         keras.optimizers.Adam(1e-3 if args.full else rate),
         "sparse_categorical_crossentropy",
         metrics=["accuracy"],
     )
     history = model.fit(
-        **fit,
-        epochs=args.epochs,
+        **data,
+        epochs=epochs,
         verbose=2,
         callbacks=[mp.MixedPrecisionMonitor()],  # mixed precision
-    )
-    return 0 if args.full or history.history["val_accuracy"][-1] > 0.95 else 1
+    ).history
+    if args.images:
+        return 0
+    if args.full:
+        return 0 if history["accuracy"][-1] > 0.9 else 1
+    return 0 if history["val_accuracy"][-1] > 0.95 else 1
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def set_policy(policy: str) -> str:
         policy: `"mixed_float16"`, `"mixed_bfloat16"`, `"float32"`, or `"auto"`:
             mixed_float16 on NVIDIA GPUs of compute capability >= 7.0,
             mixed_bfloat16 on TPUs and on CPUs with bfloat16 units, else float32,
-            with the reason logged at INFO.
+            with the reason logged.
 
     Returns:
         The name of the policy that was set.

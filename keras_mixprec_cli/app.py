@@ -100,8 +100,9 @@ def _own_options(arguments):
 
 def _usage(error):
     command = error.ctx.command_path if error.ctx else _NAME
-    message = " ".join(error.format_message().split())
-    return f"{message.rstrip('.')}. See `{command} --help`."
+    message = " ".join(error.format_message().split()).rstrip(".")
+    end = "" if message.endswith("?") else "."
+    return f"{message}{end} See `{command} --help`."
 
 
 def _warn(message, *_where):

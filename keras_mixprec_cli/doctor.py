@@ -36,7 +36,7 @@ def doctor(measure, as_json) -> None:
     out.print(table("Machine", {"what": "left", "here": "left"}, list(_machine(found))))
     out.print(_devices(found["devices"]))
     out.print(_precisions(found["precisions"]))
-    out.print(f"Use {found['best_policy']} here: {found['reason']}.", markup=False)
+    out.print(found["advice"], markup=False, soft_wrap=True)
     for gap in found["missing"]:
         line = f"Missing: {gap['what']}, for {gap['for']}. {gap['do']}."
         out.print(line, markup=False, soft_wrap=True)

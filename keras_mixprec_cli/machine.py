@@ -42,6 +42,7 @@ def facts(measure: bool = True) -> dict[str, Any]:
     """
     policy, reason = hardware.best_policy()
     works, note = engine.xla()
+    rows = precisions(measure)
     return {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -51,9 +52,30 @@ def facts(measure: bool = True) -> dict[str, Any]:
         "best_policy": policy,
         "reason": reason,
         "xla": {"works": works, "note": note},
-        "precisions": precisions(measure),
+        "precisions": rows,
+        "advice": advice(policy, reason, rows),
         "missing": missing(),
     }
+
+
+def advice(policy: str, reason: str, rows: list[dict[str, Any]]) -> str:
+    """Return which policy to use: what "auto" takes, unless it was measured slower.
+
+    Args:
+        policy: What `"auto"` takes, from what the hardware says of itself.
+        reason: Why.
+        rows: What `precisions` returned.
+    """
+    dtype = policy.removeprefix("mixed_")
+    speedup = next(row["speedup"] for row in rows if row["dtype"] == dtype)
+    # Within a tenth it may be noise.
+    if speedup is None or speedup > 0.9:
+        return f"Use {policy} here: {reason}."
+    return (
+        f'Use float32 here: "auto" would take {policy} ({reason}), but a product in '
+        f"{dtype} was measured to run at {speedup:.2f} times float32's speed. What "
+        "half precision still saves is memory."
+    )
 
 
 def devices() -> list[dict[str, Any]]:

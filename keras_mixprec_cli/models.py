@@ -7,6 +7,7 @@ import inspect
 import pathlib
 import re
 import sys
+import warnings
 import zipfile
 from collections.abc import Sequence
 from types import ModuleType
@@ -44,7 +45,10 @@ def load(
 
     known = {k: v for module in modules for k, v in _custom_objects(module).items()}
     try:
-        return keras.saving.load_model(path, known, compile, safe_mode)
+        with warnings.catch_warnings():
+            # Iterations and rate alone: it never trained, so that nothing is skipped.
+            warnings.filterwarnings("ignore", ".*the saved optimizer has 2 variables")
+            return keras.saving.load_model(path, known, compile, safe_mode)
     except (TypeError, ValueError, OSError, ImportError, AttributeError) as error:
         raise click.ClickException(_reason(path, str(error))) from error
 

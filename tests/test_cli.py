@@ -14,6 +14,7 @@ import pytest
 import keras_mixprec as mp
 from keras_mixprec.policy import POLICIES
 from keras_mixprec_cli import app
+from keras_mixprec_cli import machine
 from keras_mixprec_cli import options
 from keras_mixprec_cli import samples
 
@@ -178,6 +179,12 @@ def test_convert_keeps_weights_and_writes_policies(run, saved):
         assert a.tobytes() == b.tobytes()
 
 
+def test_nothing_is_warned_of_a_model_that_never_trained(run, folder):
+    classifier().save("fresh.keras")
+    status, _, err = run("convert", "fresh.keras", "half.keras")
+    assert (status, err) == (0, "")
+
+
 def test_convert_carries_out_an_edited_plan(run, saved, folder):
     _, out, _ = run("plan", "m.keras", "--json", "--policy", "mixed_bfloat16")
     plan = mp.PrecisionPlan.from_json(out).override("first", "float32")
@@ -243,6 +250,7 @@ def test_python_code_in_a_file_is_not_run_unasked(run, folder):
         (["plan", "m.keras", "--import", "no_such"], 1, "Cannot import 'no_such'"),
         (["plan"], 2, "Missing argument 'MODEL.keras'"),
         (["plam"], 2, "No such command 'plam'"),
+        (["launch", "--polcy", "x"], 2, "Did you mean '--policy'? See `keras"),
         (["plan", "m.keras", "too", "many"], 2, "arguments (too many). See"),
         (["convert", "m.keras", "out.h5"], 2, "Expected OUT.keras"),
         (["convert", "m.keras", "no/out.keras"], 1, "its folder does not exist"),
@@ -347,6 +355,22 @@ def test_doctor_says_what_is_here(run):
     status, out, _ = run("doctor", "--no-measure")
     assert f"Use {found['best_policy']} here" in out
     assert "Missing: an accelerator" in out or found["devices"][0]["kind"] == "gpu"
+
+
+def test_doctor_does_not_advise_what_it_measured_to_be_slower():
+    def advised(speedup):
+        rows = [
+            {"dtype": "float32", "speedup": 1.0},
+            {"dtype": "bfloat16", "speedup": speedup},
+        ]
+        return machine.advice("mixed_bfloat16", "bfloat16 units", rows)
+
+    for speedup in (None, 0.95, 3.0):
+        assert advised(speedup) == "Use mixed_bfloat16 here: bfloat16 units."
+    assert advised(0.5).startswith("Use float32 here:")
+    assert "0.50 times float32's speed" in advised(0.5)
+    rows = [{"dtype": "float32", "speedup": 1.0}]
+    assert machine.advice("float32", "a CPU", rows) == "Use float32 here: a CPU."
 
 
 def test_help_does_not_import_keras():

@@ -85,6 +85,13 @@ def test_formulas_become_mathml_and_code_does_not():
     assert made.endswith("and $5")
 
 
+def test_names_in_tables_wrap_at_their_joints():
+    page = "<code>a.b</code><table><td><code>my.one_name(x=2.0)</code> a.b</td></table>"
+    made = hooks().on_page_content(page, None, None, None)
+    wrapped = "my.<wbr>one_<wbr>name(<wbr>x=<wbr>2.0)"
+    assert made == page.replace("my.one_name(x=2.0)", wrapped)
+
+
 def test_a_dead_link_is_found(tmp_path):
     (tmp_path / "there").mkdir()
     (tmp_path / "there" / "index.html").write_text('<h1 id="a"></h1>')
@@ -110,6 +117,11 @@ def test_every_tutorial_was_executed_and_is_small():
         assert [c.source for c in code if c.source not in source] == []
         outputs = [o for c in code for o in c.outputs]
         assert outputs
+        # Else where a text is cut, and what the page shows, is the kernel's timing.
+        kinds = [[o.output_type for o in c.outputs] for c in code]
+        assert [
+            k for k in kinds if ("stream", "stream") in zip(k, k[1:], strict=False)
+        ] == []
         assert [o for o in outputs if o.output_type == "error"] == []
         texts = [o.get("text", "") for o in outputs]
         assert [t for t in texts if re.search(r"Warning|/tmp/|/home/", t)] == []

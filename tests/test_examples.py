@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import keras
+import numpy as np
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -59,6 +60,83 @@ def test_example_of_several_processes_is_listed(name):
     assert f"`{name}.py`" in (EXAMPLES / "README.md").read_text(encoding="utf-8")
     text = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8")
     assert '"--full"' in text or name == "chief"
+
+
+class _Reached(Exception):
+    """`fit` was called: nothing is trained here."""
+
+
+@pytest.fixture
+def full_size(monkeypatch):
+    """Run an example with `--full` up to `fit`. Returns model, x, y, batch size."""
+    reached = {}
+
+    def fit(model, x=None, y=None, batch_size=None, **_):
+        reached.update(model=model, x=x, y=y, batch_size=batch_size)
+        raise _Reached
+
+    def run(name, *words, **replaced):
+        if name in NEEDS:
+            pytest.importorskip(NEEDS[name])
+        monkeypatch.syspath_prepend(EXAMPLES)
+        module = importlib.import_module(name)
+        for attribute, value in replaced.items():
+            monkeypatch.setattr(module, attribute, value)
+        # KerasHub's tasks have a `fit` of their own.
+        hub = getattr(module, "keras_hub", None)
+        owner = hub.models.BertTextClassifier if hub else keras.Model
+        monkeypatch.setattr(owner, "fit", fit)
+        with pytest.raises(_Reached):
+            module.main(["--full", *words])
+        return reached
+
+    return run
+
+
+def few_digits(*_):
+    """As scikit-learn's, but four: the full size of all is a gigabyte."""
+    return np.zeros((4, 8, 8, 1), "float32"), np.zeros(4, "int64")
+
+
+def test_full_size_needs_neither_network_nor_files(full_size):
+    """What is trained there has the sizes that are promised, and takes the data."""
+    found = full_size("resnet", digits=lambda: few_digits() * 2)
+    assert len(found["model"].layers[-2].layers) == 176  # Of ResNet-50.
+    takes(found, (4, 224, 224, 3), (4, 10))
+    found = full_size("fine_tune", "--weights", "none", digits=few_digits)
+    takes(found, (4, 224, 224, 3), (4, 5))
+
+
+@pytest.mark.slow
+def test_full_size_of_bert(full_size):
+    reviews = (["a great film"] * 10, np.zeros(10, "int64"))
+    found = full_size("bert", made_up_reviews=lambda *_: reviews)
+    assert found["x"]["token_ids"].shape == (8, 128)
+    # As published, without the head that it was trained with.
+    assert found["model"].backbone.count_params() == 109_482_240
+
+
+def takes(found, inputs, outputs):
+    assert found["x"].shape == inputs
+    assert len(found["y"]) == len(found["x"])
+    assert found["x"].max() <= 255
+    batch = keras.KerasTensor(found["x"].shape, dtype="float32")
+    assert found["model"].compute_output_spec(batch).shape == outputs
+
+
+def test_made_up_ratings_can_be_learned_at_any_size(monkeypatch):
+    """Of most unseen pairs both ids were met in training, as of real ones."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    recommender = importlib.import_module("recommender")
+    for users, items, count in ((400, 800, 40_000), (10_000, 100_000, 320_000)):
+        ids, liked = recommender.made_up_ratings(users, items, count)
+        assert 0.5 < liked.mean() < 0.7
+        known = []
+        for name, size in (("user", users), ("item", items)):
+            assert 0 <= ids[name].min() <= ids[name].max() < size
+            met = np.bincount(ids[name][count // 5 :], minlength=size)
+            known.append(met[ids[name][: count // 5]] >= 5)
+        assert np.mean(known[0] & known[1]) > 0.6
 
 
 @pytest.mark.slow

@@ -32,8 +32,8 @@ if "interrupt" in sys.argv:
 TRAINS = """
 import os
 os.environ["KERAS_BACKEND"] = {backend!r}
-{torch_first}
-import keras, numpy as np
+{imports}
+import numpy as np
 model = keras.Sequential(
     [keras.Input((4,)), keras.layers.Dense(8), keras.layers.Dense(1, dtype="float32")]
 )
@@ -89,10 +89,24 @@ def test_the_machines_sitecustomize_still_runs(script, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_the_script_chooses_the_backend_and_gets_the_policy(script):
+def imports(words="import keras"):
+    return f"import torch\n{words}" if keras.backend.backend() == "torch" else words
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "import keras",
+        "import importlib.util; importlib.util.find_spec('keras'); import keras",
+        "import tensorflow as tf; keras = tf.keras",
+    ],
+    ids=["plain", "looked for first", "tf.keras"],
+)
+def test_the_script_chooses_the_backend_and_gets_the_policy(script, words):
     backend = keras.backend.backend()
-    torch_first = "import torch" if backend == "torch" else ""
-    script.write_text(TRAINS.format(backend=backend, torch_first=torch_first))
+    if "tf.keras" in words and backend != "tensorflow":
+        pytest.skip("TensorFlow's name for it")
+    script.write_text(TRAINS.format(backend=backend, imports=imports(words)))
     # The variable says what the script does not want.
     other = "jax" if backend == "tensorflow" else "tensorflow"
     done = launch("--json", script, KERAS_BACKEND=other)
@@ -109,7 +123,7 @@ def test_the_script_chooses_the_backend_and_gets_the_policy(script):
 @pytest.mark.slow
 def test_without_the_monitor_and_in_float32_it_is_plain_keras(script):
     backend = keras.backend.backend()
-    script.write_text(TRAINS.format(backend=backend, torch_first=""))
+    script.write_text(TRAINS.format(backend=backend, imports=imports()))
     words = ("launch", "--no-monitor", "--policy", "float32", script)
     module = type(keras.optimizers.Adam()).__module__
     done = python("-m", "keras_mixprec", *words)

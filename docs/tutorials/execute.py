@@ -39,13 +39,32 @@ def executed(path: pathlib.Path) -> nbformat.NotebookNode:
         # Ids and times change with every run, and nobody reads them.
         cell.id, cell.metadata = f"cell-{i}", {}
         if cell.cell_type == "code":
-            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
+            cell.outputs = joined(
+                [o for o in cell.outputs if o.get("name") != "stderr"]
+            )
             cell.execution_count = None
             for output in cell.outputs:
                 output.pop("execution_count", None)
                 if output.output_type == "execute_result":
                     output.execution_count = None
     return notebook
+
+
+def joined(outputs: list) -> list:
+    """Return the outputs with what was printed in one go in one piece.
+
+    Where it is cut is up to the kernel's timing.
+
+    Args:
+        outputs: A cell's outputs.
+    """
+    made = []
+    for output in outputs:
+        if output.output_type == "stream" and made and made[-1].get("name") == "stdout":
+            made[-1].text += output.text
+        else:
+            made.append(output)
+    return made
 
 
 def main(arguments: list[str] | None = None) -> int:

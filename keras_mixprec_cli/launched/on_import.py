@@ -1,14 +1,13 @@
 """When the script imports Keras: set the policy, and add the monitor to `fit`.
 
-One finder at the head of `sys.meta_path`, for the name `keras` alone. It removes itself
-when Keras is imported, so that a script that never does is not touched at all.
+One finder at the head of `sys.meta_path`, for the name `keras` alone. It goes when
+Keras is loaded, so that a script that never does is not touched at all; not when Keras
+is merely looked for, as TensorFlow does before it loads it.
 """
 
 from __future__ import annotations
 
 import importlib.abc
-import importlib.machinery
-import importlib.util
 import json
 import os
 import sys
@@ -29,17 +28,25 @@ class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name != "keras":
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(name)
+        spec = self._found_by_others(name, path, target)
         if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, self._what)
+            spec.loader = _Loader(spec.loader, self._loaded)
         return spec
+
+    def _found_by_others(self, *wanted):
+        others = [finder for finder in sys.meta_path if finder is not self]
+        specs = (finder.find_spec(*wanted) for finder in others)
+        return next((spec for spec in specs if spec is not None), None)
+
+    def _loaded(self):
+        sys.meta_path.remove(self)
+        begin(self._what)
 
 
 class _Loader(importlib.abc.Loader):
-    def __init__(self, loader, what):
+    def __init__(self, loader, then):
         self._loader = loader
-        self._what = what
+        self._then = then
 
     def create_module(self, spec):
         return self._loader.create_module(spec)
@@ -48,7 +55,7 @@ class _Loader(importlib.abc.Loader):
         # The module must not remember us: pickles and reloads look at its loader.
         module.__spec__.loader = module.__loader__ = self._loader
         self._loader.exec_module(module)
-        begin(self._what)
+        self._then()
 
 
 def begin(what: dict) -> None:

@@ -202,6 +202,8 @@ assert abs(mixed - whole) < 0.1 * whole < all_half - whole
 # | output layer and loss | float32 |
 # | scaling and unscaling | a power of two, exact |
 #
+# The last section looks at a real step, and finds this.
+#
 # ## The same network in mixed precision
 #
 # One line before the model is built, and the monitor to see what happens. The output
@@ -228,9 +230,45 @@ assert last["accuracy"] > 0.9
 # What each layer computes in, and where its weights are:
 
 # %%
-for layer in model.layers:
-    print(layer.name, "computes in", layer.compute_dtype, "from", layer.variable_dtype)
 mp.set_policy("float32")
+for layer in model.layers:
+    print(f"{layer.name}: {layer.compute_dtype}, from {layer.variable_dtype}")
+
+# %% [markdown]
+# One step of it, taken apart: what is float16, and what is not.
+
+# %%
+import tensorflow as tf
+
+optimizer, (first, second, output) = model.optimizer, model.layers
+with tf.GradientTape() as tape:
+    hidden = first(tf.constant(x))
+    outputs = output(second(hidden))
+    loss = tf.reduce_mean(keras.losses.binary_crossentropy(y, outputs))
+    scaled = optimizer.scale_loss(loss)
+to_hidden, to_kernel = tape.gradient(scaled, [hidden, first.kernel.value])
+(update,) = optimizer.get_unscaled_gradients([to_kernel])
+slots = [v for v in optimizer.variables if v.shape == first.kernel.shape]
+seen = {
+    "master weights": first.kernel.value,
+    "forward: activations": hidden,
+    "forward: outputs": outputs,
+    "loss": loss,
+    "scaled loss": scaled,
+    "backward: gradient of activations": to_hidden,
+    "gradient of weights, unscaled": update,
+    "update: Adam's moments": slots[0],
+}
+for step, value in seen.items():
+    print(f"{step:34} {keras.backend.standardize_dtype(value.dtype)}")
+half = [step for step, value in seen.items() if value.dtype == "float16"]
+assert half == ["forward: activations", "backward: gradient of activations"]
+assert float(scaled / loss) == float(optimizer.loss_scale)
+small = np.abs(to_hidden.numpy().astype("float32")) / float(optimizer.loss_scale)
+blurred = (small < 2.0**-14).mean()
+lost = (np.float16(small) == 0).mean()
+print(f"without the scale {blurred:.0%} of these would lose digits, {lost:.0%} be 0")
+assert blurred > 0.5
 
 # %% [markdown]
 # Next: [a model that you already have](2_convert.ipynb).

@@ -84,7 +84,6 @@ print("loaded:", [layer.compute_dtype for layer in loaded.layers])
 
 mp.to_float32(loaded)
 print("back:  ", [layer.compute_dtype for layer in loaded.layers])
-mp.set_policy("float32")
 
 # %% [markdown]
 # The same from a terminal: `keras-mixprec plan model.keras`, then

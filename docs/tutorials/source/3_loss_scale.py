@@ -137,6 +137,3 @@ assert layer == "bad"
 # %% [markdown]
 # The remedy is to keep that layer, and what takes its output, in float32: with
 # `keep_float32=` of `convert`, or `dtype="float32"` where the layer is made.
-
-# %%
-mp.set_policy("float32")
