@@ -122,3 +122,19 @@ if BACKEND == "tensorflow":
         sparse = tf.IndexedSlices(values, tf.constant([5, 5]), tf.constant([10**9, 2]))
         scale = tf.constant(1.0)
         assert agreed([tf.constant([1.0]), sparse], scale) == [False, True]
+
+    def test_sparse_gradients_of_unknown_lengths_are_no_shape_together():
+        # Two tables of one width: how many rows a batch takes, XLA knows when it
+        # compiles, and they differ.
+        import tensorflow as tf
+
+        from keras_mixprec.backend import tensorflow_overflow as overflow
+
+        rows = tf.TensorSpec((None, 3), tf.float32)
+        flags_of = tf.function(
+            lambda *grads: overflow.flags_by_shape(list(grads), tf.constant(1.0)),
+            input_signature=[rows, rows],
+            jit_compile=True,
+        )
+        bad = tf.constant([[1.0, 2.0, np.nan]])
+        assert flags_of(tf.ones((5, 3)), bad).numpy().tolist() == [False, True]

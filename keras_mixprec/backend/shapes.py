@@ -23,7 +23,10 @@ def group_by_shape(grads: list) -> list[list[int]]:
     groups = {}
     for i, grad in enumerate(grads):
         if grad is not None:
-            groups.setdefault((tuple(grad.shape), str(grad.dtype)), []).append(i)
+            shape = tuple(grad.shape)
+            # What is not known of two shapes may differ: rows of sparse gradients.
+            alone = i if None in shape else None
+            groups.setdefault((shape, str(grad.dtype), alone), []).append(i)
     return list(groups.values())
 
 
