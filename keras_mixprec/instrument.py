@@ -32,6 +32,8 @@ class Instrument:
         self._model, self._optimizer = model, model.optimizer
         self._probes = Probes(model, chosen, calls, model.steps_per_execution)
         self._own = {id(v) for v in self._probes.variables}
+        # What the probes hold between two steps on JAX: nothing that matters.
+        self._held = None
         self._function = self._make_function()
         self.steps = self._probes.steps
         self.decode = self._probes.decode
@@ -48,24 +50,27 @@ class Instrument:
             What that function returns, and the log: a tensor that `steps` reads.
         """
         *state, data = args
+        if state:
+            return self._run_on_state(state[0], data)
         log = self._probes.log
-        with self._tracked():
-            if state:
-                return self._run_on_state(state[0], data)
-            log.assign(ops.zeros(log.shape))
-            result = self._function(data)
-            return result, ops.copy(ops.convert_to_tensor(log))
+        log.assign(ops.zeros(log.shape))
+        result = self._function(data)
+        return result, ops.copy(ops.convert_to_tensor(log))
 
     def _run_on_state(self, state, data):
-        variables = self._model.trainable_variables
-        # Anew: the function eats the state that it is given.
-        given, own = iter(state[0]), iter(self._probes.zeros())
-        trainable = [next(own if self._is_own(v) else given) for v in variables]
+        # The function eats the state that it is given and returns it. Arrays made anew
+        # for each probe would keep the host busy for longer than the device is.
+        held, self._held = self._held or self._probes.zeros(), None
+        given, own = iter(state[0]), iter(held)
+        trainable = [next(own if is_own else given) for is_own in self._is_probe]
         logs, new = self._function((trainable, *state[1:]), data)
-        theirs = [
-            x for x, v in zip(new[0], variables, strict=True) if not self._is_own(v)
-        ]
-        return (logs, (theirs, *new[1:])), new[0][self._log_index(variables)]
+        theirs, held = (
+            [x for x, own in zip(new[0], self._is_probe, strict=True) if own is wanted]
+            for wanted in (False, True)
+        )
+        log = held.pop()
+        self._held = [*held, ops.zeros(log.shape)]
+        return (logs, (theirs, *new[1:])), log
 
     # -- the train function -------------------------------------------------------
 
@@ -76,7 +81,9 @@ class Instrument:
         model.train_step = step
         model.jit_compile = jit_compile and self._probes.compiles
         try:
-            model.make_train_function(force=True)
+            with self._tracked():
+                self._is_probe = [*map(self._is_own, model.trainable_variables)]
+                model.make_train_function(force=True)
             return self._with_step(model.train_function, step)
         finally:
             model.jit_compile = jit_compile
@@ -100,7 +107,12 @@ class Instrument:
         def step(*args):
             self._probes.start()
             layers = self._probes.layers
-            with intercepted(layers, self._tap_outputs), self._intercepted_optimizer():
+            with (
+                # Where a step is compiled it passes here once, when it is traced.
+                self._tracked(),
+                intercepted(layers, self._tap_outputs),
+                self._intercepted_optimizer(),
+            ):
                 return train_step(*args)
 
         return step
