@@ -21,10 +21,11 @@ def flags(grads, scale, xla: bool):
         scale: Scalar tensor, the loss scale.
         xla: Whether XLA compiles what calls this.
     """
-    square = _square_by_product if xla else _square
+    half = _half_square_by_product if xla else _half_square
     values = [_values(g) for g in grads]
-    squares = [_NONE if v is None else square(_at_least_float32(v)) for v in values]
-    return _too_large(tf.stack(squares), scale)
+    halves = [_NONE if v is None else half(_at_least_float32(v)) for v in values]
+    # Doubled here, once for all.
+    return _too_large(2 * tf.stack(halves), scale)
 
 
 def flags_by_shape(grads, scale):
@@ -60,18 +61,18 @@ def _at_least_float32(value):
     return value if value.dtype == tf.float64 else tf.cast(value, tf.float32)
 
 
-def _square(value):
+def _half_square(value):
     # The one kernel that squares and adds in one pass.
-    return tf.cast(2 * tf.nn.l2_loss(value), tf.float32)
+    return tf.cast(tf.nn.l2_loss(value), tf.float32)
 
 
-def _square_by_product(value):
+def _half_square_by_product(value):
     # XLA on a CPU neither vectorizes nor splits a reduction to a scalar, but it does
     # a matrix product: three times as fast.
     rows = tf.reshape(value, (-1, value.shape[-1] if value.ndim else 1))
     ones = tf.ones((rows.shape[1],), value.dtype)
     sums = tf.linalg.matvec(tf.square(rows), ones)
-    return tf.cast(tf.reduce_sum(sums), tf.float32)
+    return tf.cast(tf.reduce_sum(sums) / 2, tf.float32)
 
 
 def _too_large(squares, scale):
