@@ -1,5 +1,6 @@
 """What this machine is, how much memory is in use, and how busy it is."""
 
+import json
 import pathlib
 
 from keras_mixprec import nvml
@@ -86,6 +87,25 @@ def memory_logs() -> dict[str, float]:
         for i, (used, peak) in enumerate(devices.values()):
             logs |= {f"gpu_memory_mb_{i}": used, f"gpu_memory_peak_mb_{i}": peak}
     return logs
+
+
+def memory_over_processes(logs: dict[str, float]) -> dict[str, float]:
+    """Return sums over the processes that train together, none where there is but one.
+
+    Nobody waits: of each process counts what it last passed here, of one that has not
+    been here yet nothing.
+
+    Args:
+        logs: What `memory_logs` returned in this process.
+    """
+    own = {key: mib for key, mib in logs.items() if key.endswith("_mb")}
+    notes = [json.loads(note) for note in engine.last_notes(json.dumps(own))]
+    if len(notes) == 1:
+        return {}
+    return {
+        f"{key.removesuffix('_mb')}_total_mb": sum(note.get(key, 0) for note in notes)
+        for key in own
+    }
 
 
 def reset_peak_memory() -> bool:

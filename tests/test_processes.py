@@ -52,6 +52,11 @@ def test_the_example_runs():
     assert "overflow_total" not in other
 
 
+@pytest.mark.skipif(BACKEND == "tensorflow", reason="no `fit` on several workers")
+def test_memory_is_summed_over_processes():
+    assert all(words(o, "memory") for o in run_job(2, "memory", *BEFORE))
+
+
 @pytest.mark.skipif(BACKEND == "jax", reason="test_replicas_jax.py has the curves")
 def test_two_processes_learn_as_one_does():
     outputs = run_job(2, "curves", "plain", "all")

@@ -5,6 +5,7 @@
 `unscale`           gradients divided by the loss scale, in float32 at least
 `wrap_train_step`   a train step that is committed or rolled back whole
 `is_chief`          whether this process speaks for those that train together
+`last_notes`        what each process that trains with this one last said
 `sees_whole_loss`   whether a train step sees the loss of the whole batch
 `carrier`           what brings statistics of layers' outputs to the optimizer
 `gradients`         of a function, eagerly, by variables and by tensors

@@ -197,6 +197,11 @@ def is_chief(model):
     return model.distribute_strategy.extended.should_checkpoint
 
 
+def last_notes(note):
+    # Keras's `fit`, and with it callbacks, does not run on several workers.
+    return [note]
+
+
 def gradients(function, variables, tensors):
     """Return the gradients of `function(tensors)` by the variables and the tensors."""
     values = [v.value for v in variables]

@@ -47,9 +47,9 @@ summed over devices; per device too (`gpu_memory_mb_0`, ...) where there are sev
 
     Of several processes that train together each has the keys in its logs, so that
     callbacks decide alike: the first three are equal everywhere, memory is that of
-    the process's own devices. Its sum over processes would take a collective, in
-    which a chief that is alone in having the callback would wait for ever. Only the
-    chief (rank 0) says anything.
+    the process's own devices, and `gpu_memory_total_mb`, `gpu_memory_peak_total_mb`
+    (`host_memory_total_mb`) are sums over processes: of what each last logged, since
+    nobody waits for the others. Only the chief (rank 0) says anything.
 
     Example:
 
@@ -218,7 +218,7 @@ summed over devices; per device too (`gpu_memory_mb_0`, ...) where there are sev
                 "No accelerator is visible: the gpu_* keys are left out and "
                 "host_memory_mb is logged instead."
             )
-        return logs
+        return logs | hardware.memory_over_processes(logs)
 
     def _check_scaling(self):
         message = compile_hook.unscaled_message(self.model)

@@ -15,6 +15,7 @@ import numpy as np
 from support import data
 
 import keras_mixprec as mp
+from keras_mixprec import hardware
 
 sys.path.append(str(pathlib.Path(__file__).parents[2] / "examples"))
 from chief import ChiefBackup  # noqa: E402
@@ -155,3 +156,29 @@ def watched(trainer, folder, epochs, is_chief):
         keras.callbacks.LambdaCallback(on_epoch_end=report),
     ]
     trainer.run(*batches(3, [1]), epochs=epochs, callbacks=callbacks)
+
+
+def memory(trainer, index, processes, wait):
+    """Memory is summed over the processes, without their waiting for each other.
+
+    Args:
+        trainer: As above.
+        index: Int, which process this is.
+        processes: Int, how many there are.
+        wait: Callable that returns once all processes have called it.
+    """
+    # Nobody else is needed, as for a chief that is alone in having the callback.
+    own = {"host_memory_mb": 2.0**index, "loss": 0.5}
+    hardware.memory_over_processes(own)
+    wait()
+    total = hardware.memory_over_processes(own)
+    assert total == {"host_memory_total_mb": 2.0**processes - 1}, total
+    wait()
+    seen = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, logs: seen.logs.append(dict(logs))
+    )
+    seen.logs = []
+    trainer.run(*batches(2), epochs=2, callbacks=[mp.MixedPrecisionMonitor(), seen])
+    last = seen.logs[-1]
+    assert last["host_memory_total_mb"] > last["host_memory_mb"] > 1, last
+    print("memory", last, flush=True)

@@ -3,9 +3,11 @@
 python jax_devices.py survive data|model|across INNER [PORT PROCESSES INDEX]
 python jax_devices.py curves data|model INNER...
 python jax_devices.py collectives data|model
+python jax_devices.py memory data PORT PROCESSES INDEX
 """
 
 import collections
+import functools
 import hashlib
 import math
 import re
@@ -16,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import keras
 import numpy as np
+from jax.experimental import multihost_utils
 from jax_processes import start
 
 
@@ -157,6 +160,14 @@ def survive(kind, inner, *cluster):
     faults.survive(trainer, trainer.optimizer, min(jax.device_count(), 8))
     trainer.check_layouts()
     print("digest", trainer.digest(), flush=True)
+
+
+def memory(kind, *cluster):
+    join(*cluster)
+    keras.distribution.set_distribution(distribution(kind))
+    size = jax.process_index(), jax.process_count()
+    wait = functools.partial(multihost_utils.sync_global_devices, "noted")
+    faults.memory(Trainer("plain"), *size, wait)
 
 
 def curves(kind, *inners):

@@ -7,6 +7,7 @@
     ... python torch_processes.py watched FOLDER EPOCHS
     ... python torch_processes.py dying
     ... python torch_processes.py collectives
+    ... python torch_processes.py memory
 """
 
 import collections
@@ -156,6 +157,11 @@ def dying():
 
     trainer.model.compute_loss = compute_loss_or_die
     trainer.run(*faults.batches(10))
+
+
+def memory():
+    size = dist.get_rank(), dist.get_world_size()
+    faults.memory(Trainer("plain"), *size, dist.barrier)
 
 
 def collectives():
