@@ -3,14 +3,16 @@
 import contextlib
 import functools
 import operator
-import warnings
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
+from keras_mixprec import optimizer_state
 from keras_mixprec.backend import engine
+from keras_mixprec.inner_optimizer import bare_optimizer
+from keras_mixprec.inner_optimizer import warn_about_inner_scale
 from keras_mixprec.loss_scale import LossScaleRule
 from keras_mixprec.loss_scale import LossScaleState
 from keras_mixprec.loss_scale import next_state
@@ -23,9 +25,6 @@ _OWN_DEFAULTS = {
     "hysteresis": 1,
     "consecutive_hysteresis": False,
 }
-# `iteration`, `learning_rate`, `step_counter`, `dynamic_scale`: what Keras's wrapper
-# keeps. Saved state begins with it, so that Keras's files are prefixes of ours.
-_KERAS_VARIABLES = 4
 
 
 @keras.saving.register_keras_serializable(package="keras_mixprec")
@@ -94,8 +93,8 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             hysteresis,
             consecutive_hysteresis,
         )
-        inner_optimizer = _bare_optimizer(inner_optimizer)
-        _warn_about_inner_scale(inner_optimizer)
+        inner_optimizer = bare_optimizer(inner_optimizer)
+        warn_about_inner_scale(inner_optimizer)
         super().__init__(
             inner_optimizer, initial_scale, dynamic_growth_steps, name=name, **kwargs
         )
@@ -411,19 +410,9 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
 
     # -- state and config ---------------------------------------------------------
 
-    def _stored_variables(self):
-        own = self._variables
-        extras = own[_KERAS_VARIABLES:]
-        return [
-            *own[:_KERAS_VARIABLES],
-            *self.inner_optimizer.variables,
-            *extras,
-        ], len(extras)
-
     def save_own_variables(self, store: Any) -> None:
         """Write every variable to `store`, those of Keras's wrapper first."""
-        for i, variable in enumerate(self._stored_variables()[0]):
-            store[str(i)] = ops.convert_to_numpy(variable)
+        optimizer_state.save(self, store)
 
     def load_own_variables(self, store: Any) -> None:
         """Read what `save_own_variables`, ours or Keras's wrapper's, wrote.
@@ -435,19 +424,11 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             store: Mapping from "0", "1", ... to arrays.
         """
         if not self.built:
-            keys = list(store.keys())
-            copies = {key: np.array(store[key]) for key in keys}
+            copies = {key: np.array(store[key]) for key in list(store.keys())}
             self._load_when_built = functools.partial(self.load_own_variables, copies)
-            return
-        variables, extras = self._stored_variables()
-        stored = len(store.keys())
-        if stored not in (len(variables), len(variables) - extras):
+        elif not optimizer_state.load(self, store):
             # Keras's own warning, which names both numbers.
             super().load_own_variables(store)
-            return
-        for i in range(stored):
-            variables[i].assign(store[str(i)])
-        self._mend_state()
 
     def set_weights(self, weights: list) -> None:
         """Set all variables, the inner optimizer's included.
@@ -464,66 +445,14 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             # Copies: the file they are read from may be closed by then.
             copies = [np.array(w) for w in weights]
             self._load_when_built = functools.partial(self.set_weights, copies)
-            return
-        variables, extras = self._stored_variables()
-        if len(weights) == len(variables):
-            variables = self.variables
-        elif len(weights) != len(variables) - extras:
-            warnings.warn(
-                f"Optimizer '{self.name}' starts from scratch: expected "
-                f"{len(variables)} arrays (or {len(variables) - extras} of Keras's "
-                f"wrapper). Received: {len(weights)}. Iterations, schedules, slots "
-                "and the loss scale are lost; save as `.keras` to keep them.",
-                stacklevel=2,
-            )
-            return
-        for variable, value in zip(variables, weights, strict=False):
-            variable.assign(value)
-        self._mend_state()
-
-    def _mend_state(self):
-        """Bring a scale that Keras's wrapper drove to 0, inf or NaN into bounds."""
-        scale = float(ops.convert_to_numpy(self.dynamic_scale))
-        if scale != scale:
-            scale = self.initial_scale
-        bounded = min(max(scale, self.rule.min_scale), self.rule.max_scale)
-        self.dynamic_scale.assign(bounded)
-        left = int(ops.convert_to_numpy(self.hysteresis_left))
-        self.hysteresis_left.assign(min(max(left, 1), self.rule.hysteresis))
+        else:
+            optimizer_state.set_weights(self, weights)
 
     def get_config(self) -> dict:
         """Return the config: Keras's four keys, and ours where not the default."""
         own = {name: getattr(self.rule, name) for name in _OWN_DEFAULTS}
         changed = {k: v for k, v in own.items() if v != _OWN_DEFAULTS[k]}
         return {**super().get_config(), **changed}
-
-
-def _bare_optimizer(optimizer):
-    optimizer = keras.optimizers.get(optimizer)
-    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-        raise ValueError(
-            "`inner_optimizer` must be an optimizer that does not scale the loss "
-            f"already. Received: inner_optimizer={optimizer.name} (a "
-            f"{type(optimizer).__name__}). Pass its `inner_optimizer` instead."
-        )
-    if not isinstance(optimizer, keras.optimizers.Optimizer):
-        raise ValueError(
-            "`inner_optimizer` must be a `keras.optimizers.Optimizer`, its name or "
-            f"its config. Received: inner_optimizer={optimizer!r}. "
-            'Pass for example "adam".'
-        )
-    return optimizer
-
-
-def _warn_about_inner_scale(inner):
-    if inner.loss_scale_factor is not None:
-        warnings.warn(
-            f"`loss_scale_factor={inner.loss_scale_factor}` of the inner optimizer "
-            f"'{inner.name}' is ignored: the wrapper scales the loss. For a fixed "
-            "scale, pass it as `initial_scale` with `growth_factor=1.0, "
-            "backoff_factor=1.0`.",
-            stacklevel=3,
-        )
 
 
 def _widen(loss):
