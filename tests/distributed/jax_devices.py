@@ -97,6 +97,10 @@ class Trainer:
         for v in self.optimizer._variables:
             assert v.value.sharding.is_fully_replicated, v.path
 
+    def has_parts_elsewhere(self):
+        """Whether other processes hold parts of a weight that this one lacks."""
+        return not all(_is_all_here(v.value) for v in self.model.variables)
+
     def check_lies_as(self, sharding, weight):
         """The slots of a weight are split over the devices as it is."""
         name = weight.path.replace("/", "_") + "_"
@@ -159,6 +163,7 @@ def survive(kind, inner, *cluster):
     trainer = Trainer(inner)
     faults.survive(trainer, trainer.optimizer, min(jax.device_count(), 8))
     trainer.check_layouts()
+    assert kind != "across" or trainer.has_parts_elsewhere()
     print("digest", trainer.digest(), flush=True)
 
 
