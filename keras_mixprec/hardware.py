@@ -90,7 +90,7 @@ def memory_logs() -> dict[str, float]:
 
 
 def memory_over_processes(logs: dict[str, float]) -> dict[str, float]:
-    """Return sums over the processes that train together, none where there is but one.
+    """Return sums over the processes that train together; {} in a process alone.
 
     Nobody waits: of each process counts what it last passed here, of one that has not
     been here yet nothing.
@@ -100,7 +100,7 @@ def memory_over_processes(logs: dict[str, float]) -> dict[str, float]:
     """
     own = {key: mib for key, mib in logs.items() if key.endswith("_mb")}
     notes = [json.loads(note) for note in engine.last_notes(json.dumps(own))]
-    if len(notes) == 1:
+    if not notes:
         return {}
     return {
         f"{key.removesuffix('_mb')}_total_mb": sum(note.get(key, 0) for note in notes)

@@ -62,6 +62,9 @@ class Inspection:
         """
         self.disarm(watcher)
         self._watchers.discard(watcher)
+        if not self._watchers:
+            # Whoever joins next needs another one.
+            self._instrument = self._made_for = None
 
     def arm(self, watcher: Watcher) -> None:
         """Have the coming batches measured, for a watcher that joined.

@@ -60,7 +60,7 @@ class Instrument:
     def _run_on_state(self, state, data):
         # The function eats the state that it is given and returns it. Arrays made anew
         # for each probe would keep the host busy for longer than the device is.
-        held, self._held = self._held or self._probes.zeros(), None
+        held, self._held = self._held or self._probes.values(), None
         given, own = iter(state[0]), iter(held)
         trainable = [next(own if is_own else given) for is_own in self._is_probe]
         logs, new = self._function((trainable, *state[1:]), data)

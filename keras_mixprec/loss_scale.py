@@ -43,6 +43,10 @@ class LossScaleRule:
 
     def __post_init__(self):
         _require_number(self)
+        for field in dataclasses.fields(self):
+            if field.type is int:
+                # 2e3 is a number of steps too, but TensorFlow adds no float to it.
+                object.__setattr__(self, field.name, int(getattr(self, field.name)))
         _require(
             0 < self.min_scale <= self.max_scale < 2.0**128,
             "`min_scale` must be positive and at most `max_scale`, "

@@ -67,12 +67,9 @@ class Probes:
         """The layers that have a probe."""
         return [place.layer for place in self._places]
 
-    def zeros(self) -> list:
-        """Return values for `variables` to begin a step with."""
-        probes = self._carrier.variables
-        size = sum(probe.shape[0] for probe in probes)
-        values = ops.split(ops.zeros(size), len(probes)) if probes else []
-        return [*values, ops.zeros(self.log.shape)]
+    def values(self) -> list:
+        """Return copies of what `variables` hold, on the devices that hold them."""
+        return [ops.copy(ops.convert_to_tensor(v)) for v in self.variables]
 
     def start(self) -> None:
         """Begin a step: no layer was called yet."""

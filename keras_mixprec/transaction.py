@@ -47,6 +47,8 @@ class Transaction:
             before = [id(v) for v in self._state[0]]
             metrics = self.model.metrics
             found = self.variables() + [v for m in metrics for v in m.variables]
+            # The metric of a layer inside a layer is listed once for each.
+            found = list({id(v): v for v in found}.values())
             self._settled = before == [id(v) for v in found]
             self._state = found, metrics
         return self._state[0]

@@ -1,5 +1,9 @@
 """torch: what only an accelerator does, done on a CPU."""
 
+import gc
+import types
+import weakref
+
 import keras
 import numpy as np
 import pytest
@@ -53,6 +57,12 @@ def variables_of_every_kind():
 
 
 @pytest.fixture
+def owner():
+    """What lives as long as the variables do."""
+    return types.SimpleNamespace()
+
+
+@pytest.fixture
 def device_copies(monkeypatch):
     """What only a GPU does: it copies on a condition. Yields the conditions."""
     asked = []
@@ -71,11 +81,11 @@ def device_copies(monkeypatch):
 
 
 @pytest.mark.parametrize("skipped", [True, False])
-def test_what_the_device_copies_comes_back_in_every_bit(skipped, device_copies):
+def test_what_the_device_copies_comes_back_in_every_bit(skipped, device_copies, owner):
     variables = variables_of_every_kind()
     for _ in range(2):  # The second time in the memory that was kept.
         before = bits(variables)
-        with torch_backup.undone_if(torch.tensor(skipped), variables):
+        with torch_backup.undone_if(torch.tensor(skipped), variables, owner):
             spoil(variables)
             spoiled = bits(variables)
         assert bits(variables) == (before if skipped else spoiled)
@@ -86,22 +96,24 @@ def test_what_the_device_copies_comes_back_in_every_bit(skipped, device_copies):
     assert device_copies == [float(not skipped)] * 8
 
 
-def test_a_backup_takes_memory_only_during_a_step(device_copies):
+def test_a_backup_takes_memory_only_during_a_step(device_copies, owner):
     variables = [keras.Variable(np.ones((3, 5), "float32")), keras.Variable(2.0)]
 
     def held():
-        rooms = variables[0]._mixprec_backup._rooms
+        rooms = owner._mixprec_kept[torch_backup._Backup]._rooms
         return sum(room._storage.nbytes() for room in rooms)
 
     for _ in range(2):
-        with torch_backup.undone_if(torch.tensor(False), variables):
+        with torch_backup.undone_if(torch.tensor(False), variables, owner):
             assert held() == 4 * 16
         assert held() == 0
 
 
-def test_memory_that_an_update_exchanges_is_put_back_where_it_is_now(device_copies):
+def test_memory_that_an_update_exchanges_is_put_back_where_it_is_now(
+    device_copies, owner
+):
     variables = [keras.Variable([1.0, 2.0]), keras.Variable([3.0])]
-    with torch_backup.undone_if(torch.tensor(True), variables):
+    with torch_backup.undone_if(torch.tensor(True), variables, owner):
         variables[1]._value = torch.nn.Parameter(torch.tensor([4.0]))
     assert variables[1].numpy().tolist() == [3.0]
 
@@ -113,27 +125,27 @@ def test_only_a_device_that_copies_exactly_is_asked_to():
 
 
 @pytest.mark.parametrize("skipped", [True, False])
-def test_every_bit_comes_back_where_a_step_was_skipped(skipped):
+def test_every_bit_comes_back_where_a_step_was_skipped(skipped, owner):
     variables = variables_of_every_kind()
     for _ in range(2):  # The second time with views that were kept.
         before = bits(variables)
-        saved = engine.read(variables)
+        saved = engine.read(variables, owner)
         spoil(variables)
         spoiled = bits(variables)
-        engine.restore_by_select(torch.tensor(skipped), variables, saved)
+        engine.restore_by_select(torch.tensor(skipped), variables, saved, owner)
         assert bits(variables) == (before if skipped else spoiled)
         assert before != spoiled or not skipped
         for variable, value in zip(variables, VALUES, strict=True):
             variable.value.data.copy_(value)
 
 
-def test_a_variable_that_got_other_memory_is_restored_there():
+def test_a_variable_that_got_other_memory_is_restored_there(owner):
     variables = [keras.Variable([1.0, 2.0]), keras.Variable([3.0])]
-    engine.read(variables)  # Its views are kept.
+    engine.read(variables, owner)  # Its views are kept.
     variables[1]._value = torch.nn.Parameter(torch.tensor([4.0]))
-    saved = engine.read(variables)
+    saved = engine.read(variables, owner)
     spoil(variables)
-    engine.restore_by_select(torch.tensor(True), variables, saved)
+    engine.restore_by_select(torch.tensor(True), variables, saved, owner)
     assert variables[1].numpy().tolist() == [4.0]
 
 
@@ -180,3 +192,58 @@ def test_a_step_makes_no_tensor_of_a_constant_that_keras_does_not(monkeypatch):
     plain = constants(compiled(classifier()))
     assert len(plain) > 0
     assert len(constants(half_classifier())) == len(plain)
+
+
+@pytest.mark.parametrize("by", ["select", "device"])
+def test_a_module_that_moved_is_rolled_back_where_it_is(by, monkeypatch, request):
+    # `to`, `cpu` and `double` give the same parameters other memory.
+    if by == "device":
+        request.getfixturevalue("device_copies")
+    monkeypatch.setattr(engine, "_free_to_read", lambda tensor: False)
+    model = half_classifier(keras.optimizers.SGD(0.125, momentum=0.5))
+    x, y = data(32)
+    model.train_on_batch(x, y)
+    model.double()
+    model.float()
+    before = snapshot(model, model.optimizer)
+    model.train_on_batch(np.full_like(x, np.inf), y)
+    after = snapshot(model, model.optimizer)
+    assert model.optimizer.overflow_count == 1
+    assert_same_bits(before, after, but=(*SCALING, "loss/", "accuracy/"))
+
+
+def test_float64_gradients_are_looked_at_as_they_are():
+    largest = torch.tensor([2.0**48, 0.0], dtype=torch.float64)
+    grads = [largest, 2 * largest, torch.ones(3), torch.ones(2, dtype=torch.float16)]
+    assert engine._flags(grads, torch.tensor(1.0)).tolist() == [
+        False,
+        True,
+        False,
+        False,
+    ]
+
+
+def test_an_optimizer_that_was_replaced_takes_its_slots_along(monkeypatch):
+    monkeypatch.setattr(engine, "_free_to_read", lambda tensor: False)
+    model = half_classifier("adam")
+    x, y = data(32)
+    model.train_on_batch(x, y)
+    slot = weakref.ref(model.optimizer.inner_optimizer._momentums[0]._value)
+    model.compile("sgd", "sparse_categorical_crossentropy")
+    gc.collect()
+    assert slot() is None
+
+
+@pytest.mark.slow
+# The compiler warns of what it finds in torch and Keras.
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_step_is_skipped_whole():
+    model = half_classifier("adam", jit_compile=True)
+    x, y = data(32)
+    for _ in range(2):
+        model.train_on_batch(x, y)
+    before = snapshot(model, model.optimizer)
+    model.train_on_batch(np.full_like(x, np.inf), y)
+    after = snapshot(model, model.optimizer)
+    assert_same_bits(before, after, but=(*SCALING, "loss/", "accuracy/"))
+    assert model.optimizer.overflow_count == 1

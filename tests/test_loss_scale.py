@@ -146,3 +146,10 @@ def test_rejects_numbers_out_of_range(field, value):
 def test_rejects_what_is_not_a_number(field, value):
     with pytest.raises(TypeError, match=f"`{field}` must be .*Received: {field}="):
         LossScaleRule(**{field: value})
+
+
+def test_whole_numbers_may_be_written_as_floats():
+    rule = LossScaleRule(growth_steps=2e3, hysteresis=2.0)
+    assert (rule.growth_steps, rule.hysteresis) == (2000, 2)
+    assert all(type(n) is int for n in (rule.growth_steps, rule.hysteresis))
+    assert run(rule, [False, False])[0] == [2.0**15, 2.0**14]

@@ -225,3 +225,38 @@ def test_attaching_twice_wraps_once():
 def test_a_float32_model_is_left_alone():
     model = compiled(classifier(), "sgd")
     assert not {"train_step", "fit", "train_on_batch"} & set(vars(model))
+
+
+def test_a_metric_of_a_nested_layer_is_rolled_back_once():
+    class Inner(keras.layers.Layer):
+        def __init__(self):
+            # Elsewhere torch would write into a cast copy of the metric's state.
+            super().__init__(dtype="float32")
+            self.seen = keras.metrics.Mean(name="seen")
+
+        def call(self, x):
+            self.seen.update_state(1.0)
+            return x
+
+    class Outer(keras.layers.Layer):
+        def __init__(self):
+            super().__init__(dtype="float32")
+            self.inner = Inner()
+
+        def call(self, x):
+            return self.inner(x)
+
+    with mp.policy_scope("mixed_float16"):
+        layers = [Outer(), keras.layers.Dense(1, dtype="float32")]
+        model = keras.Sequential([keras.Input((4,)), *layers])
+        model.compile("sgd", "mse", auto_scale_loss=True)
+        x, y = np.ones((8, 4), "float32"), np.ones((8, 1), "float32")
+        fit(
+            model,
+            np.stack([x, x * np.nan, x]).reshape(24, 4),
+            np.tile(y, (3, 1)),
+            batch_size=8,
+        )
+    assert model.optimizer.overflow_count == 1
+    seen = layers[0].inner.seen
+    assert [float(ops.convert_to_numpy(v)) for v in seen.variables] == [2.0, 2.0]

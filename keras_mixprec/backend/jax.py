@@ -40,6 +40,7 @@ def _weights_are_split():
 
 
 def _by_gradient(grads):
+    grads = [jnp.zeros(()) if g is None else g for g in grads]
     return jnp.stack([jnp.sum(_squares(g)).astype(jnp.float32) for g in grads])
 
 
@@ -151,13 +152,15 @@ def is_chief(model):
 
 
 def last_notes(note):
-    """Leave a note to the others; return the last one of each process, of any order.
+    """Leave a note to the others; return the last one of each process, in any order.
+
+    None where there are no others.
 
     No collective: who has not come here yet, or never does, keeps nobody waiting.
     """
     client = jax._src.distributed.global_state.client
     if client is None or jax.process_count() == 1:
-        return [note]
+        return []
     key = f"keras_mixprec/note/{jax.process_index()}"
     client.key_value_set(key, note, allow_overwrite=True)
     return [value for _, value in client.key_value_dir_get("keras_mixprec/note/")]

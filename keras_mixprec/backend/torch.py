@@ -22,15 +22,22 @@ def unscale(grads, scale):
 @torch.no_grad()
 def _flags(grads, scale):
     present = [i for i, g in enumerate(grads) if g is not None]
-    norms = torch._foreach_norm([grads[i] for i in present], 2, torch.float32)
+    norms = iter(_norms([grads[i] for i in present]))
+    none = torch.zeros_like(scale)
+    norms = [none if g is None else next(norms) for g in grads]
     limit = torch.clamp(LARGEST_NORM * scale, max=LARGEST_SCALED_NORM)
     # NaN compares false with everything.
-    bad = ~(torch.stack(norms) <= limit)
-    if len(present) == len(grads):
-        return bad
-    flags = torch.zeros(len(grads), dtype=torch.bool, device=bad.device)
-    flags[present] = bad
-    return flags
+    return ~(torch.stack(norms) <= limit)
+
+
+def _norms(grads):
+    if all(g.dtype != torch.float64 for g in grads):
+        return torch._foreach_norm(grads, 2, torch.float32)
+    kinds = [torch.promote_types(g.dtype, torch.float32) for g in grads]
+    return [
+        torch.linalg.vector_norm(g, dtype=kind).float()
+        for g, kind in zip(grads, kinds, strict=True)
+    ]
 
 
 def reduce_gradients(grads):
@@ -45,17 +52,17 @@ def commit(grads, scale, update, record, variables, compilable, optimizer):
     skipped = flags.any()
     half = [v for v in variables if v._value.dtype is torch.float16]
     if half or torch.compiler.is_compiling():
-        saved = read(variables)
+        saved = read(variables, optimizer)
         update(grads)
         for v in half:
             # Weights that are float16 themselves can overflow in the update.
             skipped = skipped | ~torch.isfinite(v.value).all()
-        restore_by_select(skipped, variables, saved)
+        restore_by_select(skipped, variables, saved, optimizer)
     elif _free_to_read(flags):
         if not skipped:
             update(grads)
     else:
-        with undone_if(skipped, variables):
+        with undone_if(skipped, variables, optimizer):
             update(grads)
     record(flags)
 
@@ -65,13 +72,17 @@ def _free_to_read(tensor):
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _restore_if(skipped, variables, saved):
-    if not _free_to_read(skipped) or skipped:
-        restore_by_select(skipped, variables, saved)
-
-
 def wrap_train_step(transaction):
-    return stateful.wrap_train_step(transaction, read, _restore_if, sees_whole_loss)
+    def read_state(variables):
+        return read(variables, transaction)
+
+    def restore_if(skipped, variables, saved):
+        if not _free_to_read(skipped) or skipped:
+            restore_by_select(skipped, variables, saved, transaction)
+
+    return stateful.wrap_train_step(
+        transaction, read_state, restore_if, sees_whole_loss
+    )
 
 
 def _in_group():
@@ -89,12 +100,14 @@ def is_chief(model):
 
 
 def last_notes(note):
-    """Leave a note to the others; return the last one of each process, of any order.
+    """Leave a note to the others; return the last one of each process, in any order.
+
+    None where there are no others.
 
     No collective: who has not come here yet, or never does, keeps nobody waiting.
     """
-    if not _in_group():
-        return [note]
+    if not _in_group() or torch.distributed.get_world_size() == 1:
+        return []
     store = torch.distributed.distributed_c10d._get_default_store()
     ranks = range(torch.distributed.get_world_size())
     keys = [f"keras_mixprec/note/{rank}" for rank in ranks]

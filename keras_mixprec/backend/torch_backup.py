@@ -18,14 +18,15 @@ _FLOAT = {4: torch.float32, 8: torch.float64, 16: torch.float64}
 
 
 @contextlib.contextmanager
-def undone_if(skipped, variables):
+def undone_if(skipped, variables, owner):
     """Inside, variables may change; afterwards they have not where `skipped`.
 
     Args:
         skipped: Bool scalar tensor, known before anything changes.
         variables: List of `keras.Variable`.
+        owner: Object that lives as long as they do, to keep what is needed each step.
     """
-    backup = _kept(variables, "_mixprec_backup", _Backup)
+    backup = _kept(owner, variables, _Backup)
     kept = torch.logical_not(skipped).float()
     backup.save(kept)
     yield
@@ -33,21 +34,27 @@ def undone_if(skipped, variables):
 
 
 @torch.no_grad()
-def read(variables):
-    """Return a copy of the variables' bits: one buffer per size of element."""
-    return _kept(variables, "_mixprec_bits", _Bits).read()
+def read(variables, owner):
+    """Return a copy of the variables' bits: one buffer per size of element.
+
+    Args:
+        variables: List of `keras.Variable`.
+        owner: As in `undone_if`.
+    """
+    return _kept(owner, variables, _Bits).read()
 
 
 @torch.no_grad()
-def restore_by_select(skipped, variables, saved):
+def restore_by_select(skipped, variables, saved, owner):
     """Write the saved bits back where `skipped`; `saved` is used up.
 
     Args:
         skipped: Bool scalar tensor.
         variables: List of `keras.Variable`.
         saved: What `read` returned for them.
+        owner: As in `undone_if`.
     """
-    _kept(variables, "_mixprec_bits", _Bits).restore(skipped, saved)
+    _kept(owner, variables, _Bits).restore(skipped, saved)
 
 
 def _values(variables):
@@ -57,19 +64,21 @@ def _values(variables):
     return [v._value for v in variables]
 
 
-def _kept(variables, name, make):
+def _kept(owner, variables, make):
     """Return `make(values)`, that of the step before if the memory is the same.
 
     The host takes longer to make a view than to launch a kernel on it.
     """
     values = _values(variables)
-    if not values or values[0] is not variables[0]._value:
+    scoped = not values or values[0] is not variables[0]._value
+    # Into a compiled step kept views would come as inputs that alias the weights.
+    if scoped or torch.compiler.is_compiling():
         return make(values)
-    kept = getattr(variables[0], name, None)
-    if kept is None or not kept.is_of(values):
-        kept = make(values)
-        setattr(variables[0], name, kept)
-    return kept
+    # Past Keras's bookkeeping of attributes.
+    place = vars(owner).setdefault("_mixprec_kept", {})
+    if make not in place or not place[make].is_of(values):
+        place[make] = make(values)
+    return place[make]
 
 
 class _Kept:
@@ -80,12 +89,23 @@ class _Kept:
     """
 
     def __init__(self, values):
-        self._values = values
+        self._values, self._pointers = values, _pointers(values)
 
     def is_of(self, values):
-        """Return whether these are the values that the views are of."""
+        """Return whether these are the values that the views are of, where they were.
+
+        `module.to` gives a parameter other memory. The views keep what they are of
+        alive, so that nothing else can stand at its address.
+        """
         known = self._values
-        return len(known) == len(values) and all(map(operator.is_, known, values))
+        same = len(known) == len(values) and all(map(operator.is_, known, values))
+        return same and self._pointers == _pointers(values)
+
+
+def _pointers(values):
+    if torch.compiler.is_compiling():
+        return None
+    return [v.data_ptr() for v in values]
 
 
 class _Bits(_Kept):

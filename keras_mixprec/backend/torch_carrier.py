@@ -19,6 +19,8 @@ _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 _COLUMNS = 1024
 # Bytes that wait before they are measured. Meanwhile they take about four times that.
 _WAITING = 2**28
+# Kept at most: with batches of ever new shapes there would be no end.
+_LAYOUTS = 256
 
 
 class PendingCarrier:
@@ -106,7 +108,10 @@ class PendingCarrier:
         # Every step has the same shapes: their layout goes to the device once.
         key = (*key, device)
         if key not in self._layouts:
-            self._layouts[key] = torch.tensor(make(), device=device)
+            if len(self._layouts) >= _LAYOUTS:
+                self._layouts.clear()
+            kind = torch.int64
+            self._layouts[key] = torch.tensor(make(), dtype=kind, device=device)
         return self._layouts[key]
 
 

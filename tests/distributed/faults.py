@@ -169,7 +169,8 @@ def memory(trainer, index, processes, wait):
     """
     # Nobody else is needed, as for a chief that is alone in having the callback.
     own = {"host_memory_mb": 2.0**index, "loss": 0.5}
-    hardware.memory_over_processes(own)
+    first = hardware.memory_over_processes(own)["host_memory_total_mb"]
+    assert first >= own["host_memory_mb"], first
     wait()
     total = hardware.memory_over_processes(own)
     assert total == {"host_memory_total_mb": 2.0**processes - 1}, total
@@ -179,6 +180,8 @@ def memory(trainer, index, processes, wait):
     )
     seen.logs = []
     trainer.run(*batches(2), epochs=2, callbacks=[mp.MixedPrecisionMonitor(), seen])
+    # In each epoch, or the columns of a log would not fit.
+    assert all("host_memory_total_mb" in logs for logs in seen.logs), seen.logs
     last = seen.logs[-1]
     assert last["host_memory_total_mb"] > last["host_memory_mb"] > 1, last
     print("memory", last, flush=True)
