@@ -20,6 +20,7 @@ from support import SLOW_ON_JAX
 
 import keras_mixprec as mp
 from keras_mixprec import hardware
+from keras_mixprec.backend import engine
 from keras_mixprec.hysteresis import Hysteresis
 from keras_mixprec.hysteresis import HysteresisRule
 from keras_mixprec.hysteresis import PrecisionChange
@@ -284,3 +285,10 @@ def test_a_model_in_half_for_a_squaring_layer_is_not_overflow():
 def test_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         mp.AdaptivePrecision(**arguments)
+
+
+def test_one_of_several_replicas_is_refused(monkeypatch):
+    monkeypatch.setattr(engine, "sees_whole_loss", lambda model: False)
+    model = model_with(clean)
+    with pytest.raises(ValueError, match="must see the whole batch.*calibrate"):
+        model.fit(*inputs(8), verbose=0, callbacks=[mp.AdaptivePrecision()])

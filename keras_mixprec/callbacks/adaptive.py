@@ -9,6 +9,7 @@ import os
 
 import keras
 
+from keras_mixprec.backend import engine
 from keras_mixprec.callbacks.order import stand_first
 from keras_mixprec.callbacks.scout import Scout
 from keras_mixprec.convert import convert
@@ -102,7 +103,19 @@ class AdaptivePrecision(keras.callbacks.Callback):
         stand_first(self)
 
     def on_train_begin(self, logs: dict | None = None) -> None:
-        """Forget earlier runs."""
+        """Forget earlier runs.
+
+        Raises:
+            ValueError: If this is one of several replicas, whose plans would part.
+        """
+        if not engine.sees_whole_loss(self.model):
+            raise ValueError(
+                "`AdaptivePrecision` must see the whole batch: on a share of it, each "
+                "replica would change a plan of its own. Received: a model that trains "
+                "on several replicas. Find a plan on one device, with "
+                "`mp.calibrate(model, x, y)`, and pass it to `mp.convert(model, "
+                "plan=plan)` on each."
+            )
         self.changes = []
         self._hysteresis = Hysteresis(self._rule)
         self._scout.on_train_begin(logs)
