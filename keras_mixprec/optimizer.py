@@ -281,6 +281,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             [*self._trainable_variables, *self.inner_optimizer.variables],
             compilable=self._is_keras_own(),
             optimizer=self.inner_optimizer,
+            half=[v.dtype == "float16" for v in variables],
         )
 
     def stateless_apply(

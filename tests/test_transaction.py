@@ -260,3 +260,22 @@ def test_a_metric_of_a_nested_layer_is_rolled_back_once():
     assert model.optimizer.overflow_count == 1
     seen = layers[0].inner.seen
     assert [float(ops.convert_to_numpy(v)) for v in seen.variables] == [2.0, 2.0]
+
+
+def test_float16_weights_that_overflow_in_the_update_are_a_skipped_step():
+    layers = [
+        keras.layers.BatchNormalization(),
+        keras.layers.Dense(4, dtype="float16"),
+        keras.layers.Dense(1, dtype="float32"),
+    ]
+    model = keras.Sequential([keras.Input((8,)), *layers])
+    model.compile(mp.LossScaleOptimizer(keras.optimizers.SGD(1e6), 1.0), "mse")
+    x, y = np.ones((4, 8), "float32"), np.ones((4, 1), "float32")
+    model.train_on_batch(x, y)  # Builds the optimizer, and is skipped as well.
+    before = snapshot(model, model.optimizer)
+    assert np.isnan(model.train_on_batch(x, y))
+    after = snapshot(model, model.optimizer)
+    assert_same_bits(before, after, but=(*SCALING, "loss/"))
+    counts = model.optimizer.overflow_counts
+    blamed = [path for path, n in counts.items() if n == 2]
+    assert blamed == [v.path for v in layers[1].trainable_variables]

@@ -73,17 +73,20 @@ def reduce_gradients(grads):
     return grads
 
 
-def commit(grads, scale, update, record, variables, compilable, optimizer):
-    """Keep what `update(grads)` assigns only if no flag is set; `record(flags)`."""
+def commit(grads, scale, update, record, variables, compilable, optimizer, half):
+    """Keep what `update(grads)` assigns only if no flag is set; `record(flags)`.
+
+    `half`: of each gradient, whether its variable is float16 itself, so that what
+    overflows in the update is put down to it.
+    """
     flags = _flags(grads, scale)
-    finite = jnp.logical_not(jnp.any(flags))
     saved = [v.value for v in variables]
     update(grads)
     new = [v.value for v in variables]
     for value in new:
         if value.dtype == jnp.float16:
-            # Weights that are float16 themselves can overflow in the update.
-            finite &= jnp.all(jnp.isfinite(value))
+            flags |= ~jnp.all(jnp.isfinite(value)) & jnp.array(half)
+    finite = jnp.logical_not(jnp.any(flags))
     for v, old, value in zip(variables, saved, new, strict=True):
         if value is not old:
             v.assign(jnp.where(finite, value, old))

@@ -50,8 +50,12 @@ def reduce_gradients(grads):
     return tensorflow_replicas.reduce_gradients(grads)
 
 
-def commit(grads, scale, update, record, variables, compilable, optimizer):
-    """Call `update(grads)` if no gradient overflowed, then `record(flags)`."""
+def commit(grads, scale, update, record, variables, compilable, optimizer, half):
+    """Call `update(grads)` if no gradient overflowed, then `record(flags)`.
+
+    `half`: of each gradient, whether its variable is float16 itself, so that what
+    overflows in the update is put down to it.
+    """
     if tf.distribute.get_replica_context() is None:
         raise ValueError(
             "`apply()` must be called in a replica context. Received: a call in "
@@ -59,9 +63,9 @@ def commit(grads, scale, update, record, variables, compilable, optimizer):
         )
     step = grads, scale, update, record
     if tensorflow_replicas.branches_across():
-        _commit_on_replicas(*step, variables, optimizer)
+        _commit_on_replicas(*step, variables, optimizer, half)
     elif any(v.dtype == "float16" for v in variables):
-        _commit_by_select(*step, variables)
+        _commit_by_select(*step, variables, half)
     elif _on_gpu(variables):
         _commit_on_gpu(*step, variables, compilable)
     else:
@@ -87,17 +91,16 @@ def _on_gpu(variables):
     return len(devices) == 1 and "GPU" in devices.pop()
 
 
-def _commit_by_select(grads, scale, update, record, variables):
+def _commit_by_select(grads, scale, update, record, variables, half=()):
     # On a GPU XLA fuses a select into each variable's own update; a branch it does
     # not. On a CPU it copies for the one and runs the other in place.
     fuses = _xla() and _on_gpu(variables)
     overflows = flags_by_shape(grads, scale) if fuses else flags(grads, scale, _xla())
     saved = read(variables)
     update(grads)
-    skipped = tf.reduce_any(overflows)
     if any(v.dtype == "float16" for v in variables):
-        skipped = tf.logical_or(skipped, _overflowed(variables))
-    restore_by_select(skipped, variables, saved)
+        overflows |= _overflowed(variables) & tf.constant(half)
+    restore_by_select(tf.reduce_any(overflows), variables, saved)
     record(overflows)
 
 
@@ -114,11 +117,11 @@ def _commit_by_cond(grads, scale, update, record):
     record(overflows)
 
 
-def _commit_on_replicas(grads, scale, update, record, variables, optimizer):
+def _commit_on_replicas(grads, scale, update, record, variables, optimizer, half):
     if tf.__internal__.distribute.strategy_supports_no_merge_call():
         # All GPUs, and XLA compiles what each of them runs.
         with tensorflow_replicas.on_reduced_gradients(optimizer):
-            _commit_by_select(grads, scale, update, record, variables)
+            _commit_by_select(grads, scale, update, record, variables, half)
         return
     overflows = flags(grads, scale, _xla())
     guarded = functools.partial(_update_if_finite, update, variables)

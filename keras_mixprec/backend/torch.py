@@ -46,18 +46,22 @@ def reduce_gradients(grads):
 
 
 @torch.no_grad()
-def commit(grads, scale, update, record, variables, compilable, optimizer):
-    """Keep what `update(grads)` assigns only if no flag is set; `record(flags)`."""
+def commit(grads, scale, update, record, variables, compilable, optimizer, half):
+    """Keep what `update(grads)` assigns only if no flag is set; `record(flags)`.
+
+    `half`: of each gradient, whether its variable is float16 itself, so that what
+    overflows in the update is put down to it.
+    """
     flags = _flags(grads, scale)
     skipped = flags.any()
-    half = [v for v in variables if v._value.dtype is torch.float16]
-    if half or torch.compiler.is_compiling():
+    halves = [v for v in variables if v._value.dtype is torch.float16]
+    if halves or torch.compiler.is_compiling():
         saved = read(variables, optimizer)
         update(grads)
-        for v in half:
-            # Weights that are float16 themselves can overflow in the update.
-            skipped = skipped | ~torch.isfinite(v.value).all()
-        restore_by_select(skipped, variables, saved, optimizer)
+        own = torch.tensor(half, device=flags.device)
+        for v in halves:
+            flags = flags | (~torch.isfinite(v.value).all() & own)
+        restore_by_select(flags.any(), variables, saved, optimizer)
     elif _free_to_read(flags):
         if not skipped:
             update(grads)
