@@ -227,6 +227,9 @@ def test_a_float32_model_is_left_alone():
     assert not {"train_step", "fit", "train_on_batch"} & set(vars(model))
 
 
+@pytest.mark.skipif(
+    keras.backend.backend() == "jax", reason="nor does it run in plain Keras on JAX"
+)
 def test_a_metric_of_a_nested_layer_is_rolled_back_once():
     class Inner(keras.layers.Layer):
         def __init__(self):
