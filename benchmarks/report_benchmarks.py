@@ -23,10 +23,9 @@ and the slowest block behind it. "Interleaved" rows ran in one process and took 
 block by block; their ratios are the ones to compare, since both sides met the same
 clock. Rows with a peak memory had a process for themselves.
 
-Without loss scaling most float16 gradients of a deep model are 0, and a GPU is faster
-on zeros: atomic additions of 0 return at once, products of 0 draw less power. The
-fixed scale computes on the same numbers as ours does, but never checks and never skips;
-ResNet-50 does not survive it.
+Without loss scaling many float16 gradients of a deep model are 0, and a GPU is faster
+on zeros: `benchmarks/NOTES.md` has the kernels. The fixed scale computes on the same
+numbers as ours does, but never checks and never skips.
 """
 
 _MODELS = {
@@ -92,15 +91,27 @@ def page(rows: list[dict]) -> str:
     Args:
         rows: What `read` returned.
     """
-    parts = [_HEAD]
+    return by_place(rows, _HEAD, _sections, "run `benchmarks/gpu.sh`")
+
+
+def by_place(rows: list[dict], head: str, sections: Callable, remedy: str) -> str:
+    """Return a page with a part for each device and day.
+
+    Args:
+        rows: What `read` returned.
+        head: What stands above them.
+        sections: Function of the rows of one part: its strings.
+        remedy: What to do where there are no rows.
+    """
+    parts = [head]
     for place in dict.fromkeys(_place(row) for row in rows):
         here = [row for row in rows if _place(row) == place]
         parts.append(f"\n## {place}\n")
         versions = {f"{k} {v}" for row in here for k, v in row["versions"].items()}
         parts.append(f"{', '.join(sorted(versions))}.\n")
-        parts += _sections(here)
+        parts += sections(here)
     if not rows:
-        parts.append("\nNo results yet: run `benchmarks/gpu.sh`.\n")
+        parts.append(f"\nNo results yet: {remedy}.\n")
     return "\n".join(parts)
 
 

@@ -8,6 +8,7 @@ import argparse
 import pathlib
 import statistics
 
+from report_benchmarks import by_place
 from report_benchmarks import read
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -41,20 +42,7 @@ def page(rows: list[dict]) -> str:
     Args:
         rows: As `trainings.py` prints them.
     """
-    parts = [_HEAD]
-    for place in dict.fromkeys(_place(row) for row in rows):
-        here = [row for row in rows if _place(row) == place]
-        versions = {f"{k} {v}" for row in here for k, v in row["versions"].items()}
-        parts.append(f"\n## {place}\n")
-        parts.append(f"{', '.join(sorted(versions))}.\n")
-        parts += _section(here)
-    if not rows:
-        parts.append("\nNo results yet.\n")
-    return "\n".join(parts)
-
-
-def _place(row):
-    return f"{row['device']}, {row['date']}"
+    return by_place(rows, _HEAD, _section, "run `benchmarks/run_matrix.py`")
 
 
 def _section(rows):

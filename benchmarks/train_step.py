@@ -15,9 +15,8 @@ by the monitor at its end.
 | `mp` | `keras_mixprec.set_policy`, then `compile("adam")`: wrapper and transaction |
 | `mp+monitor` | the same with `MixedPrecisionMonitor`, each block being an epoch |
 
-Without scaling most float16 gradients of a deep model are 0, and a GPU is faster on
-zeros: atomic additions of 0 return at once, and products of 0 draw less power. What
-`fixed` and `mp` differ by is what checking and skipping cost.
+Without scaling many float16 gradients of a deep model are 0, and a GPU is faster on
+zeros (`NOTES.md`). What `fixed` and `mp` differ by is what checking and skipping cost.
 
 With several scalings, separated by commas, the models live in one process and take
 turns, block by block, so that a drifting clock or a busy machine hits all alike; each

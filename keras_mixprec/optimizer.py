@@ -281,7 +281,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             [*self._trainable_variables, *self.inner_optimizer.variables],
             compilable=self._is_keras_own(),
             optimizer=self.inner_optimizer,
-            half=[v.dtype == "float16" for v in variables],
+            half=_to_blame(variables),
         )
 
     def stateless_apply(
@@ -454,6 +454,12 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         own = {name: getattr(self.rule, name) for name in _OWN_DEFAULTS}
         changed = {k: v for k, v in own.items() if v != _OWN_DEFAULTS[k]}
         return {**super().get_config(), **changed}
+
+
+def _to_blame(variables):
+    # What overflows in the update is float16; if it is none of these, it is all's.
+    half = [v.dtype == "float16" for v in variables]
+    return half if any(half) else [True] * len(half)
 
 
 def _widen(loss):

@@ -167,8 +167,8 @@ def measure_each(stacked: Any) -> Any:
 def _statistics(xp, x, axis):
     """Return one tensor per field; `xp` is NumPy or `keras.ops`.
 
-    On bit patterns as integers, which are ordered as the magnitudes are: half of the
-    instructions that comparisons of floats take, and no denormal is flushed to 0.
+    On bit patterns as integers, which are ordered as the magnitudes are: one comparison
+    for each limit, and no denormal is flushed to 0.
     """
     dtype = keras.backend.standardize_dtype(x.dtype)
     if not has_pattern(dtype):

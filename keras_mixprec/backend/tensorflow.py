@@ -53,8 +53,8 @@ def reduce_gradients(grads):
 def commit(grads, scale, update, record, variables, compilable, optimizer, half):
     """Call `update(grads)` if no gradient overflowed, then `record(flags)`.
 
-    `half`: of each gradient, whether its variable is float16 itself, so that what
-    overflows in the update is put down to it.
+    `half`: of each gradient, whether what overflows in the update is put down to it:
+    only what is float16 itself can.
     """
     if tf.distribute.get_replica_context() is None:
         raise ValueError(

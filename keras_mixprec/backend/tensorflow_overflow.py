@@ -21,11 +21,11 @@ def flags(grads, scale, xla: bool):
         scale: Scalar tensor, the loss scale.
         xla: Whether XLA compiles what calls this.
     """
-    half = _half_square_by_product if xla else _half_square
+    square = _square_by_product if xla else _half_square
     values = [_values(g) for g in grads]
-    halves = [_NONE if v is None else half(_at_least_float32(v)) for v in values]
-    # Doubled here, once for all.
-    return _too_large(2 * tf.stack(halves), scale)
+    squares = [_NONE if v is None else square(_at_least_float32(v)) for v in values]
+    # Halves are doubled once for all.
+    return _too_large(tf.stack(squares) * (1.0 if xla else 2.0), scale)
 
 
 def flags_by_shape(grads, scale):
@@ -66,13 +66,13 @@ def _half_square(value):
     return tf.cast(tf.nn.l2_loss(value), tf.float32)
 
 
-def _half_square_by_product(value):
+def _square_by_product(value):
     # XLA on a CPU neither vectorizes nor splits a reduction to a scalar, but it does
     # a matrix product: three times as fast.
     rows = tf.reshape(value, (-1, value.shape[-1] if value.ndim else 1))
     ones = tf.ones((rows.shape[1],), value.dtype)
     sums = tf.linalg.matvec(tf.square(rows), ones)
-    return tf.cast(tf.reduce_sum(sums) / 2, tf.float32)
+    return tf.cast(tf.reduce_sum(sums), tf.float32)
 
 
 def _too_large(squares, scale):

@@ -49,8 +49,8 @@ def reduce_gradients(grads):
 def commit(grads, scale, update, record, variables, compilable, optimizer, half):
     """Keep what `update(grads)` assigns only if no flag is set; `record(flags)`.
 
-    `half`: of each gradient, whether its variable is float16 itself, so that what
-    overflows in the update is put down to it.
+    `half`: of each gradient, whether what overflows in the update is put down to it:
+    only what is float16 itself can.
     """
     flags = _flags(grads, scale)
     skipped = flags.any()
@@ -106,7 +106,7 @@ def is_chief(model):
 def last_notes(note):
     """Leave a note to the others; return the last one of each process, in any order.
 
-    None where there are no others.
+    An empty list where there are no others.
 
     No collective: who has not come here yet, or never does, keeps nobody waiting.
     """
