@@ -67,7 +67,13 @@ def advice(policy: str, reason: str, rows: list[dict[str, Any]]) -> str:
         rows: What `precisions` returned.
     """
     dtype = policy.removeprefix("mixed_")
-    speedup = next(row["speedup"] for row in rows if row["dtype"] == dtype)
+    row = next(row for row in rows if row["dtype"] == dtype)
+    if row.get("error"):
+        return (
+            f'Use float32 here: "auto" would take {policy} ({reason}), but a product in '
+            f"{dtype} failed: {row['error']}."
+        )
+    speedup = row["speedup"]
     # Within a tenth it may be noise.
     if speedup is None or speedup > 0.9:
         return f"Use {policy} here: {reason}."

@@ -373,6 +373,15 @@ def test_doctor_does_not_advise_what_it_measured_to_be_slower():
     assert machine.advice("float32", "a CPU", rows) == "Use float32 here: a CPU."
 
 
+def test_doctor_does_not_advise_what_failed_here():
+    rows = [
+        {"dtype": "float32", "speedup": 1.0, "error": None},
+        {"dtype": "float16", "speedup": None, "error": "RuntimeError: no such kernel"},
+    ]
+    said = machine.advice("mixed_float16", "tensor cores", rows)
+    assert said.startswith("Use float32 here:") and "no such kernel" in said
+
+
 def test_help_does_not_import_keras():
     code = """
 import sys
