@@ -70,8 +70,8 @@ def advice(policy: str, reason: str, rows: list[dict[str, Any]]) -> str:
     row = next(row for row in rows if row["dtype"] == dtype)
     if row.get("error"):
         return (
-            f'Use float32 here: "auto" would take {policy} ({reason}), but a product in '
-            f"{dtype} failed: {row['error']}."
+            f'Use float32 here: "auto" would take {policy} ({reason}), but a product '
+            f"in {dtype} failed: {row['error']}."
         )
     speedup = row["speedup"]
     # Within a tenth it may be noise.
