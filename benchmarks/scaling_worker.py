@@ -48,6 +48,9 @@ class Mirrored:
     def copies(self, variable):
         return self.strategy.experimental_local_results(variable.value)
 
+    def leave(self):
+        """Nobody to part from."""
+
 
 class DataParallel:
     """JAX: one process, `keras.distribution.DataParallel`."""
@@ -67,6 +70,9 @@ class DataParallel:
 
     def copies(self, variable):
         return [shard.data for shard in variable.value.addressable_shards]
+
+    def leave(self):
+        """Nobody to part from."""
 
 
 class DDP:
@@ -89,6 +95,11 @@ class DDP:
         found = [torch.empty_like(value) for _ in range(self.local_share)]
         torch.distributed.all_gather(found, value)
         return [c.cpu() for c in found]
+
+    def leave(self):
+        from torch_ddp import leave
+
+        leave()
 
 
 ENGINES = {"tensorflow": Mirrored, "jax": DataParallel, "torch": DDP}
@@ -116,6 +127,11 @@ def work(job: dict) -> None:
         job: Dict of what `scaling.launch` asks for.
     """
     replicas = ENGINES[keras.backend.backend()](job["devices"])
+    _measure(replicas, job)
+    replicas.leave()
+
+
+def _measure(replicas, job):
     with replicas.scope():
         model, workload = _compiled(replicas, job)
         blocks = Blocks()

@@ -8,6 +8,7 @@ or skip a step together. One process, the chief, prints and writes.
 """
 
 import argparse
+import gc
 import os
 import tempfile
 
@@ -93,8 +94,21 @@ def start() -> torch.device:
     return torch.device("cpu")
 
 
-def main(epochs: int, backup: str, full: bool = False):
-    device = start()
+def leave() -> None:
+    """Part from the other processes, once nothing refers to the model any more.
+
+    DistributedDataParallel keeps the process group, and that its threads. One that is
+    not through with the last collective when Python ends aborts the process, its work
+    done (https://github.com/pytorch/pytorch/issues/190489).
+    """
+    dist.barrier()  # Nobody leaves while another still waits for it.
+    # The module is part of a cycle, so that it does not go by itself.
+    gc.collect()
+    dist.destroy_process_group()
+
+
+def train(device: torch.device, epochs: int, backup: str, full: bool = False):
+    """Train one replica of a small network on this process's share of the data."""
     keras.utils.set_random_seed(0)
     mp.set_policy("mixed_float16")
     rng = np.random.default_rng(0)
@@ -123,8 +137,12 @@ def main(epochs: int, backup: str, full: bool = False):
                 ChiefBackup(backup, rank == 0),
             ],
         )
-    dist.barrier()  # Nobody leaves while another still waits for it.
-    dist.destroy_process_group()
+
+
+def main(**options):
+    """Join, train, leave."""
+    train(start(), **options)
+    leave()
 
 
 if __name__ == "__main__":

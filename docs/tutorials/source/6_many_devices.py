@@ -254,44 +254,51 @@ run("jax", SCRIPT, XLA_FLAGS="--xla_force_host_platform_device_count=2")
 
 # %%
 SCRIPT = """
-import torch, torch.distributed as dist
+import gc, torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 import keras, numpy as np
 from sklearn.datasets import load_digits
 import keras_mixprec as mp
 
 dist.init_process_group("gloo")  # "nccl" on GPUs
-rank = dist.get_rank()
-keras.utils.set_random_seed(0)
-images, labels = load_digits(return_X_y=True)
-x, y = (images[:1536] / 16).astype("float32"), labels[:1536]
-x[64 + 41] = 1e6  # Odd: the second process's.
-with mp.policy_scope("mixed_float16"):
-    net = keras.Sequential([
-        keras.Input((64,)),
-        keras.layers.Dense(32, activation="relu"),
-        keras.layers.Dense(10, dtype="float32"),
-    ])
-    optimizer = mp.LossScaleOptimizer("adam")
-optimizer.build(net.trainable_variables)
-replica = DistributedDataParallel(net)
-loss_of = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-mine = torch.as_tensor(x[rank::2]), torch.as_tensor(y[rank::2])
-for images, labels in zip(mine[0].split(32), mine[1].split(32)):
-    net.zero_grad()
-    loss = loss_of(labels, replica(images))
-    optimizer.scale_loss(loss).backward()
-    with torch.no_grad():
-        weights = net.trainable_variables
-        optimizer.apply([w.value.grad for w in weights], weights)
-flat = torch.cat([w.value.detach().ravel() for w in weights])
-both = [torch.empty_like(flat) for _ in range(2)]
-dist.all_gather(both, flat)
-if rank == 0:
-    print("processes:", dist.get_world_size())
-    print("counted:  ", optimizer.overflow_count)
-    print("finite:   ", bool(flat.isfinite().all()))
-    print("same bits:", bool((both[0] == both[1]).all()))
+
+def train():
+    rank = dist.get_rank()
+    keras.utils.set_random_seed(0)
+    images, labels = load_digits(return_X_y=True)
+    x, y = (images[:1536] / 16).astype("float32"), labels[:1536]
+    x[64 + 41] = 1e6  # Odd: the second process's.
+    with mp.policy_scope("mixed_float16"):
+        net = keras.Sequential([
+            keras.Input((64,)),
+            keras.layers.Dense(32, activation="relu"),
+            keras.layers.Dense(10, dtype="float32"),
+        ])
+        optimizer = mp.LossScaleOptimizer("adam")
+    optimizer.build(net.trainable_variables)
+    replica = DistributedDataParallel(net)
+    loss_of = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    mine = torch.as_tensor(x[rank::2]), torch.as_tensor(y[rank::2])
+    for images, labels in zip(mine[0].split(32), mine[1].split(32)):
+        net.zero_grad()
+        loss = loss_of(labels, replica(images))
+        optimizer.scale_loss(loss).backward()
+        with torch.no_grad():
+            weights = net.trainable_variables
+            optimizer.apply([w.value.grad for w in weights], weights)
+    flat = torch.cat([w.value.detach().ravel() for w in weights])
+    both = [torch.empty_like(flat) for _ in range(2)]
+    dist.all_gather(both, flat)
+    if rank == 0:
+        print("processes:", dist.get_world_size())
+        print("counted:  ", optimizer.overflow_count)
+        print("finite:   ", bool(flat.isfinite().all()))
+        print("same bits:", bool((both[0] == both[1]).all()))
+
+train()
+# With the module goes the last reference to the group, whose threads might otherwise
+# abort the process at its end (https://github.com/pytorch/pytorch/issues/190489).
+gc.collect()
 dist.barrier()  # Nobody leaves while another still waits.
 dist.destroy_process_group()
 """
