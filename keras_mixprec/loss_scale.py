@@ -128,18 +128,24 @@ def next_state(
     """
     # Arithmetic with plain numbers, which every backend takes as they are; `ops.where`
     # makes tensors of them, which torch copies to a GPU while the host waits.
-    applied = ops.cast(finite, state.growth_tracker.dtype)
+    kind = state.growth_tracker.dtype
+    applied = ops.cast(finite, kind)
     skipped = 1 - applied
     tracker = (state.growth_tracker + 1) * applied
     grow = tracker >= rule.growth_steps
-    back_off = ops.logical_and(ops.logical_not(finite), state.hysteresis_left <= 1)
-    refill = finite if rule.consecutive_hysteresis else grow
-    one = ops.ones_like(applied)
-    left = ops.maximum(state.hysteresis_left - skipped, one)
+    grown = ops.cast(grow, kind)
+    left, back_off = state.hysteresis_left, ops.logical_not(finite)
+    # Each operation is a launch on torch, and most runs have no hysteresis.
+    if rule.hysteresis > 1:
+        refill = applied if rule.consecutive_hysteresis else grown
+        used = ops.cast(left > 1, kind) * skipped
+        left = left - used
+        back_off = skipped > used
+        left = left + (rule.hysteresis - left) * refill
     return LossScaleState(
         scale=_next_scale(state.scale, grow, back_off, rule),
-        growth_tracker=tracker * (1 - ops.cast(grow, tracker.dtype)),
-        hysteresis_left=ops.where(refill, one * rule.hysteresis, left),
+        growth_tracker=tracker * (1 - grown),
+        hysteresis_left=left,
         overflow_count=state.overflow_count + skipped,
         consecutive_overflows=(state.consecutive_overflows + 1) * skipped,
     )

@@ -279,9 +279,9 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             update,
             lambda flags: self._record(flags, variables),
             [*self._trainable_variables, *self.inner_optimizer.variables],
-            compilable=self._is_keras_own(),
+            compilable=self._is_keras_own,
             optimizer=self.inner_optimizer,
-            half=_to_blame(variables),
+            half=lambda: _to_blame(variables),
         )
 
     def stateless_apply(
@@ -329,13 +329,12 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         return variables
 
     def _unscale(self, grads, variables):
-        scale = self._scale()
         chosen = [
             i
             for i, (g, v) in enumerate(zip(grads, variables, strict=True))
-            if g is not None and not self._overwrite_variable_with_gradient(v)
+            if g is not None and not getattr(v, "overwrite_with_gradient", False)
         ]
-        unscaled = engine.unscale([grads[i] for i in chosen], scale)
+        unscaled = engine.unscale([grads[i] for i in chosen], self._scale())
         by_index = dict(zip(chosen, unscaled, strict=True))
         return [by_index.get(i, g) for i, g in enumerate(grads)]
 
@@ -356,11 +355,10 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         first = ops.max(overflowed * places)
         values = LossScaleState(*(ops.convert_to_tensor(v) for v in old))
         new = next_state(values, first < 1, self.rule)
-        for variable, value in zip(old, new, strict=True):
-            variable.assign(ops.cast(value, variable.dtype))
         began = ops.cast(ops.equal(places, first), overflowed.dtype)
         step = ops.stack([overflowed, began, ops.zeros_like(began)])
-        self.variable_counters.assign(ops.add(self.variable_counters, step))
+        counts = ops.add(self.variable_counters, step)
+        engine.assign([*old, self.variable_counters], [*new, counts])
 
     def _by_variable(self, flags, variables):
         own = self._trainable_variables

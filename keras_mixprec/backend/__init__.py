@@ -1,6 +1,7 @@
 """One module per Keras backend, each with the same few functions.
 
 `commit`            apply an update only if no gradient overflowed, and record it
+`assign`            values to small variables, several at once
 `reduce_gradients`  summed over the replicas, where the engine has not done so
 `unscale`           gradients divided by the loss scale, in float32 at least
 `wrap_train_step`   a train step that is committed or rolled back whole

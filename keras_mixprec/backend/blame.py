@@ -13,8 +13,8 @@ def blame_loss(losses, before, after):
     """
     if not losses:
         return after
-    finite = [ops.all(ops.isfinite(value)) for value in losses]
-    finite = finite[0] if len(finite) == 1 else ops.all(ops.stack(finite))
+    # All at once: each operation is a launch on torch.
+    finite = ops.all(ops.isfinite(ops.concatenate([ops.ravel(v) for v in losses])))
     # "Began here, the loss being finite" becomes "the loss being not".
     step = after - before
     blamed = before + ops.stack([step[0], step[2], step[1]])

@@ -68,6 +68,11 @@ def _squares(x):
     return jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
 
 
+def assign(variables, values):
+    for v, value in zip(variables, values, strict=True):
+        v.assign(value.astype(v.dtype))
+
+
 def reduce_gradients(grads):
     # Those of a sharded batch are global arrays: XLA has summed them.
     return grads
@@ -76,7 +81,7 @@ def reduce_gradients(grads):
 def commit(grads, scale, update, record, variables, compilable, optimizer, half):
     """Keep what `update(grads)` assigns only if no flag is set; `record(flags)`.
 
-    `half`: of each gradient, whether what overflows in the update is put down to it:
+    `half()`: of each gradient, whether what overflows in the update is put down to it:
     only what is float16 itself can.
     """
     flags = _flags(grads, scale)
@@ -85,7 +90,7 @@ def commit(grads, scale, update, record, variables, compilable, optimizer, half)
     new = [v.value for v in variables]
     for value in new:
         if value.dtype == jnp.float16:
-            flags |= ~jnp.all(jnp.isfinite(value)) & jnp.array(half)
+            flags |= ~jnp.all(jnp.isfinite(value)) & jnp.array(half())
     finite = jnp.logical_not(jnp.any(flags))
     for v, old, value in zip(variables, saved, new, strict=True):
         if value is not old:

@@ -46,6 +46,11 @@ def _unscale_one(grad, scale):
     return tf.cast(grad, dtype) / tf.cast(scale, dtype)
 
 
+def assign(variables, values):
+    for v, value in zip(variables, values, strict=True):
+        v.assign(tf.cast(value, v.dtype))
+
+
 def reduce_gradients(grads):
     return tensorflow_replicas.reduce_gradients(grads)
 
@@ -53,7 +58,7 @@ def reduce_gradients(grads):
 def commit(grads, scale, update, record, variables, compilable, optimizer, half):
     """Call `update(grads)` if no gradient overflowed, then `record(flags)`.
 
-    `half`: of each gradient, whether what overflows in the update is put down to it:
+    `half()`: of each gradient, whether what overflows in the update is put down to it:
     only what is float16 itself can.
     """
     if tf.distribute.get_replica_context() is None:
@@ -79,7 +84,7 @@ def _commit_on_gpu(grads, scale, update, record, variables, compilable):
 
     if _xla():
         whole()
-    elif compilable and not tf.executing_eagerly():
+    elif compilable() and not tf.executing_eagerly():
         # Op by op, a GPU spends the update waiting for launches.
         tf.function(whole, jit_compile=True, autograph=False)()
     else:
@@ -91,7 +96,7 @@ def _on_gpu(variables):
     return len(devices) == 1 and "GPU" in devices.pop()
 
 
-def _commit_by_select(grads, scale, update, record, variables, half=()):
+def _commit_by_select(grads, scale, update, record, variables, half=tuple):
     # On a GPU XLA fuses a select into each variable's own update; a branch it does
     # not. On a CPU it copies for the one and runs the other in place.
     fuses = _xla() and _on_gpu(variables)
@@ -99,7 +104,7 @@ def _commit_by_select(grads, scale, update, record, variables, half=()):
     saved = read(variables)
     update(grads)
     if any(v.dtype == "float16" for v in variables):
-        overflows |= _overflowed(variables) & tf.constant(half)
+        overflows |= _overflowed(variables) & tf.constant(half())
     restore_by_select(tf.reduce_any(overflows), variables, saved)
     record(overflows)
 

@@ -21,10 +21,10 @@ def unscale(grads, scale):
 
 @torch.no_grad()
 def _flags(grads, scale):
-    present = [i for i, g in enumerate(grads) if g is not None]
-    norms = iter(_norms([grads[i] for i in present]))
-    none = torch.zeros_like(scale)
-    norms = [none if g is None else next(norms) for g in grads]
+    norms = _norms([g for g in grads if g is not None])
+    if len(norms) < len(grads):
+        present, none = iter(norms), torch.zeros_like(scale)
+        norms = [none if g is None else next(present) for g in grads]
     limit = torch.clamp(LARGEST_NORM * scale, max=LARGEST_SCALED_NORM)
     # NaN compares false with everything.
     return ~(torch.stack(norms) <= limit)
@@ -40,6 +40,18 @@ def _norms(grads):
     ]
 
 
+@torch.no_grad()
+def assign(variables, values):
+    first, *others = variables
+    # Keras's own way knows whether a scope takes the value in the variable's place.
+    first.assign(values[0])
+    if first.value is not first._value:
+        for v, value in zip(others, values[1:], strict=True):
+            v.assign(value)
+    else:
+        torch._foreach_copy_([v._value for v in others], list(values[1:]))
+
+
 def reduce_gradients(grads):
     # DistributedDataParallel has averaged them in the backward pass.
     return grads
@@ -49,7 +61,7 @@ def reduce_gradients(grads):
 def commit(grads, scale, update, record, variables, compilable, optimizer, half):
     """Keep what `update(grads)` assigns only if no flag is set; `record(flags)`.
 
-    `half`: of each gradient, whether what overflows in the update is put down to it:
+    `half()`: of each gradient, whether what overflows in the update is put down to it:
     only what is float16 itself can.
     """
     flags = _flags(grads, scale)
@@ -58,7 +70,7 @@ def commit(grads, scale, update, record, variables, compilable, optimizer, half)
     if halves or torch.compiler.is_compiling():
         saved = read(variables, optimizer)
         update(grads)
-        own = torch.tensor(half, device=flags.device)
+        own = torch.tensor(half(), device=flags.device)
         for v in halves:
             flags = flags | (~torch.isfinite(v.value).all() & own)
         restore_by_select(flags.any(), variables, saved, optimizer)
