@@ -4,6 +4,7 @@ python jax_devices.py survive data|model|across INNER [PORT PROCESSES INDEX]
 python jax_devices.py curves data|model INNER...
 python jax_devices.py collectives data|model
 python jax_devices.py missing data|model
+python jax_devices.py inspected data|model
 python jax_devices.py memory data PORT PROCESSES INDEX
 """
 
@@ -287,6 +288,27 @@ def _stateless_apply(optimizer, grads, variables):
 def _check_values(variables, expected):
     for variable, value in zip(variables, expected, strict=True):
         np.testing.assert_array_equal(variable.value, value, err_msg=variable.path)
+
+
+def inspected(kind):
+    """Steps in mid-epoch can be looked at; what looks at them is compiled once."""
+    keras.distribution.set_distribution(distribution(kind))
+    compiled, seen = [], []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compiled.append("backend_compile" in event)
+    )
+    watch = keras.callbacks.LambdaCallback(
+        on_train_batch_begin=lambda batch, logs: seen.append(sum(compiled))
+    )
+    inspector = mp.OverflowInspector(batches=range(2, 5))
+    Trainer("plain").run(*faults.batches(6), epochs=2, callbacks=[watch, inspector])
+    frames = [(f.epoch, f.batch) for f in inspector.report.frames]
+    assert frames == [(e, b) for e in (0, 1) for b in (2, 3, 4)], frames
+    # The second batch runs what the first compiled; the third is the first looked at.
+    first, second = seen[:6], seen[6:]
+    assert first[0] < first[1] == first[2] < first[3] == first[5], seen
+    assert second[0] == second[5], seen
+    print("compiled once", seen, flush=True)
 
 
 def _count(program):
