@@ -236,6 +236,27 @@ def test_an_optimizer_that_was_replaced_takes_its_slots_along(monkeypatch):
     assert slot() is None
 
 
+def test_a_compiled_step_is_not_given_the_views_that_eager_steps_keep(owner):
+    variables = [keras.Variable([1.0, 2.0]), keras.Variable([[3.0]])]
+
+    def step(skipped):
+        saved = engine.read(variables, owner)
+        for variable in variables:
+            variable.assign(2.0 * variable.value)
+        engine.restore_by_select(skipped, variables, saved, owner)
+
+    step(torch.tensor(False))
+    kept = dict(owner._mixprec_kept)
+    assert list(kept) == [torch_backup._Bits]
+    # What it takes to refuse inputs that alias the weights, without a C++ compiler.
+    compiled_step = torch.compile(step, backend="aot_eager", fullgraph=True)
+    for run, skipped in ((compiled_step, True), (compiled_step, False), (step, True)):
+        run(torch.tensor(skipped))
+        assert owner._mixprec_kept == kept
+    values = [v.numpy().tolist() for v in variables]
+    assert values == [[4.0, 8.0], [[12.0]]]
+
+
 def test_ever_new_shapes_are_measured_right_and_do_not_pile_up(monkeypatch):
     # More than a step takes, so that some are met again, and no multiple of it.
     monkeypatch.setattr(torch_carrier, "_LAYOUTS", 13)
