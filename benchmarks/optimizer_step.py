@@ -85,18 +85,13 @@ def modes() -> dict:
 def _tf(step, jit_compile):
     import tensorflow as tf
 
-    from keras_mixprec.backend import engine
-
-    # A model tells the backend that XLA compiles its step; here nobody else does.
-    compiled = getattr(engine, "_compiled", None)
+    from keras_mixprec.backend.tensorflow_xla import compiling
 
     @tf.function(jit_compile=jit_compile)
     def run(grads):
-        if compiled is None:
+        # A model tells the backend that XLA compiles its step; here nobody else does.
+        with compiling(jit_compile):
             step.optimizer.apply(grads, step.variables)
-        else:
-            with compiled(jit_compile):
-                step.optimizer.apply(grads, step.variables)
 
     return lambda: run(step.grads)
 

@@ -69,7 +69,7 @@ def _without_docstring(found, name):
         target = target[name]
     problems = [] if target.docstring else [f"'{name}' has no docstring"]
     if target.is_class:
-        for member in target.members.values():
+        for member in target.all_members.values():
             ours = member.is_function and member.is_public and not member.is_special
             if ours and not member.docstring:
                 problems.append(f"'{name}.{member.name}' has no docstring")

@@ -39,8 +39,8 @@ def enlarged(images):
 def small_resnet(classes):
     """Return a ResNet of three bottleneck blocks."""
     inputs = keras.Input((8, 8, 1))
-    x = layers.Conv2D(32, 3, padding="same", use_bias=False)(inputs)
-    for filters, stride in ((16, 1), (32, 2), (64, 2)):
+    x = layers.Conv2D(16, 3, padding="same", use_bias=False)(inputs)
+    for filters, stride in ((8, 1), (16, 2), (32, 2)):
         x = bottleneck(x, filters, stride)
     x = layers.GlobalAveragePooling2D()(normalized(x))
     return keras.Model(inputs, outputs(x, classes), name="small_resnet")
@@ -102,7 +102,7 @@ def main(arguments=None):
     keras.utils.set_random_seed(0)
     mp.set_policy(args.policy)  # mixed precision
     model, data = load(args)
-    rate = keras.optimizers.schedules.CosineDecay(3e-3, epochs * 20)
+    rate = keras.optimizers.schedules.CosineDecay(1e-2, epochs * 20)
     model.compile(
         keras.optimizers.Adam(1e-3 if args.full else rate),
         "sparse_categorical_crossentropy",

@@ -46,3 +46,16 @@ def warn_about_inner_scale(inner: keras.optimizers.Optimizer) -> None:
             "backoff_factor=1.0`.",
             stacklevel=3,
         )
+
+
+def is_keras_own(optimizer: keras.optimizers.Optimizer, variables: list) -> bool:
+    """Return whether nobody but Keras wrote what runs in an update.
+
+    Keras's own updates are known to compile under XLA; others may call Python.
+
+    Args:
+        optimizer: The inner optimizer.
+        variables: List of `keras.Variable`, the trainable variables.
+    """
+    parts = [optimizer, optimizer._learning_rate, *(v.constraint for v in variables)]
+    return all(p is None or type(p).__module__.split(".")[0] == "keras" for p in parts)

@@ -20,9 +20,11 @@ class Watcher(Protocol):
 
     Args:
         calls: Int, how many calls or outputs of a layer to measure in a step.
+        model: `keras.Model`, as callbacks have it.
     """
 
     calls: int
+    model: keras.Model
 
     def watches(self, path: str) -> bool:
         """Return whether to measure a layer."""
@@ -79,6 +81,9 @@ class Inspection:
             return
         # A new train function computes in other precisions: its twin must too.
         if self._instrument is None or model.train_function is not self._made_for:
+            # Asked for like this, a model on JAX takes its weights back from the run:
+            # where they lie on devices is read off them.
+            model = watcher.model
             self._made_for = model.train_function
             if not model.optimizer.built:
                 # Inside the first step its loss scale would be a constant.

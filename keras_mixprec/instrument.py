@@ -69,7 +69,8 @@ class Instrument:
             for wanted in (False, True)
         )
         log = held.pop()
-        self._held = [*held, ops.zeros(log.shape)]
+        # On the devices of the log, or the step is compiled anew.
+        self._held = [*held, ops.zeros_like(log)]
         return (logs, (theirs, *new[1:])), log
 
     # -- the train function -------------------------------------------------------

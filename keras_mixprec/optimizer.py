@@ -1,8 +1,6 @@
 """`LossScaleOptimizer`: dynamic loss scaling that never writes a non-finite value."""
 
-import contextlib
 import functools
-import operator
 from typing import Any
 
 import keras
@@ -12,10 +10,15 @@ from keras import ops
 from keras_mixprec import optimizer_state
 from keras_mixprec.backend import engine
 from keras_mixprec.inner_optimizer import bare_optimizer
+from keras_mixprec.inner_optimizer import is_keras_own
 from keras_mixprec.inner_optimizer import warn_about_inner_scale
 from keras_mixprec.loss_scale import LossScaleRule
-from keras_mixprec.loss_scale import LossScaleState
-from keras_mixprec.loss_scale import next_state
+from keras_mixprec.misuse import check_any_gradient
+from keras_mixprec.misuse import check_has_variables
+from keras_mixprec.misuse import check_loss_was_scaled
+from keras_mixprec.misuse import check_same_length
+from keras_mixprec.overflow_counters import OverflowCounters
+from keras_mixprec.scaled_loss import ScaledLoss
 
 _OWN_DEFAULTS = {
     "growth_factor": 2.0,
@@ -28,7 +31,9 @@ _OWN_DEFAULTS = {
 
 
 @keras.saving.register_keras_serializable(package="keras_mixprec")
-class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
+class LossScaleOptimizer(
+    ScaledLoss, OverflowCounters, keras.optimizers.LossScaleOptimizer
+):
     """Scale the loss, skip steps that overflow, and count both.
 
     Drop-in for `keras.optimizers.LossScaleOptimizer`. A step in which any variable's
@@ -99,10 +104,6 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             inner_optimizer, initial_scale, dynamic_growth_steps, name=name, **kwargs
         )
         self.rule = rule
-        # Known while a step is traced, not while it runs.
-        self._loss_was_scaled = False
-        self._gradients_were_unscaled = False
-        self._in_transaction = False
         self._load_when_built = None
 
     def build(self, var_list: list) -> None:
@@ -116,16 +117,7 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             # it hands over the weights; there is nothing to build for yet.
             return
         super().build(var_list)
-        self.hysteresis_left = self._add_counter(
-            "hysteresis_left", initial_value=self.rule.hysteresis
-        )
-        self.overflow_counter = self._add_counter("overflow_count")
-        self.consecutive_counter = self._add_counter("consecutive_overflows")
-        # Of each variable: steps in which its gradient overflowed; those of them in
-        # which no variable nearer the loss did, while the loss was finite, and while
-        # it was not.
-        shape = (3, len(var_list))
-        self.variable_counters = self._add_counter("overflow_counts", shape)
+        self._build_counters(len(var_list))
         if self._load_when_built is not None:
             load, self._load_when_built = self._load_when_built, None
             load()
@@ -138,112 +130,6 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         """
         if self._load_when_built is not None and not self.built:
             self.build(var_list)
-
-    def _add_counter(self, name, shape=(), initial_value=0):
-        return self.add_variable(
-            shape=shape,
-            dtype="int",
-            initializer=keras.initializers.Constant(initial_value),
-            aggregation="none",
-            name=name,
-        )
-
-    # -- what users read ----------------------------------------------------------
-
-    @property
-    def loss_scale(self) -> Any:
-        """The present loss scale: float32 scalar tensor, usable inside a graph.
-
-        Multiplying a loss by it counts as scaling that loss. Inside `fit` on JAX it
-        is what the last synchronisation saw, as every optimizer variable there.
-        """
-        self._loss_was_scaled = True
-        # Not the variable itself, which torch would go on changing.
-        return self._scale() * 1.0
-
-    @property
-    def overflow_count(self) -> int:
-        """Steps skipped since the optimizer was built. Reads the device."""
-        return int(self._read("overflow_counter"))
-
-    @property
-    def consecutive_overflows(self) -> int:
-        """Steps skipped since the last one applied. Reads the device."""
-        return int(self._read("consecutive_counter"))
-
-    @property
-    def overflow_counts(self) -> dict[str, int]:
-        """Variable path -> steps in which its gradient overflowed. Reads the device.
-
-        Of several variables with the same path the second is `path#2`.
-        """
-        if not self.built:
-            return {}
-        counts = self._read("variable_counters")[0].tolist()
-        return dict(zip(_paths(self._trainable_variables), counts, strict=True))
-
-    def _scale(self):
-        scale = self.dynamic_scale if self.built else self.initial_scale
-        return ops.convert_to_tensor(scale, "float32")
-
-    def _read(self, name):
-        return ops.convert_to_numpy(getattr(self, name)) if self.built else 0
-
-    # -- the loss -----------------------------------------------------------------
-
-    def scale_loss(self, loss: Any) -> Any:
-        """Return the loss times the loss scale, in float32 at least.
-
-        Args:
-            loss: Scalar tensor of any float dtype.
-        """
-        self._loss_was_scaled = True
-        if keras.backend.is_keras_tensor(loss) or hasattr(loss, "dtype"):
-            loss = _widen(loss)
-        scale = self.dynamic_scale if self.built else self.initial_scale
-        return ops.multiply(loss, scale)
-
-    def get_scaled_loss(self, loss: Any) -> Any:
-        """Return the scaled loss: tf.keras's name for `scale_loss`.
-
-        Args:
-            loss: Scalar tensor, or a callable that returns one.
-        """
-        if callable(loss):
-            return lambda: self.scale_loss(loss())
-        return self.scale_loss(loss)
-
-    def get_unscaled_gradients(self, grads: list) -> list:
-        """Return gradients divided by the loss scale, as tf.keras did.
-
-        The next `apply` or `apply_gradients` takes its gradients as unscaled.
-
-        Args:
-            grads: List of gradients of the scaled loss, or `None` where there is none.
-        """
-        unscaled = self._unscale(grads, [None] * len(grads))
-        self._gradients_were_unscaled = True
-        return unscaled
-
-    def stateless_scale_loss(self, optimizer_variables: list, loss: Any) -> Any:
-        """Return the scaled loss, with the scale taken from the state passed in.
-
-        `scale_loss` inside a function that JAX compiles is the scale of the moment
-        of tracing, for ever; this is the scale of the step.
-
-        Args:
-            optimizer_variables: List of tensors, the values of `self.variables`.
-            loss: Scalar tensor.
-
-        Raises:
-            ValueError: If the optimizer is not built, or the list does not fit.
-        """
-        self._check_stateless(optimizer_variables)
-        mapping = list(zip(self.variables, optimizer_variables, strict=True))
-        with keras.StatelessScope(state_mapping=mapping):
-            return self.scale_loss(loss)
-
-    # -- the step -----------------------------------------------------------------
 
     def apply(self, grads: list, trainable_variables: list | None = None) -> None:
         """Unscale the gradients and update the variables, unless one overflowed.
@@ -260,9 +146,8 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
         if not grads:
             return
         variables = self._variables_for(grads, trainable_variables)
-        self._check_loss_was_scaled(variables)
-        if all(g is None for g in grads):
-            raise ValueError("No gradients provided for any variable.")
+        check_loss_was_scaled(self, variables)
+        check_any_gradient(grads)
         unscaled, self._gradients_were_unscaled = self._gradients_were_unscaled, False
         scale = ops.ones(()) if unscaled else self._scale()
         # Before anything branches on them.
@@ -279,7 +164,9 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             update,
             lambda flags: self._record(flags, variables),
             [*self._trainable_variables, *self.inner_optimizer.variables],
-            compilable=self._is_keras_own,
+            compilable=lambda: is_keras_own(
+                self.inner_optimizer, self._trainable_variables
+            ),
             optimizer=self.inner_optimizer,
             half=lambda: _to_blame(variables),
         )
@@ -302,112 +189,14 @@ class LossScaleOptimizer(keras.optimizers.LossScaleOptimizer):
             optimizer_variables, grads, trainable_variables
         )
 
-    def _is_keras_own(self):
-        # Keras's own updates are known to compile under XLA; others may call Python.
-        parts = [self.inner_optimizer, self.inner_optimizer._learning_rate]
-        parts += [v.constraint for v in self._trainable_variables]
-        return all(
-            p is None or type(p).__module__.split(".")[0] == "keras" for p in parts
-        )
-
     def _variables_for(self, grads, variables):
-        if variables is None and not self.built:
-            raise ValueError(
-                "`apply()` without variables needs a built optimizer. Received: "
-                "trainable_variables=None. Pass them, or call "
-                "`optimizer.build(trainable_variables)` first."
-            )
+        check_has_variables(self, variables)
         variables = list(self._trainable_variables if variables is None else variables)
-        if len(variables) != len(grads):
-            raise ValueError(
-                "`grads` and `trainable_variables` must have the same length. "
-                f"Received: {len(grads)} gradients for {len(variables)} variables."
-            )
+        check_same_length(grads, variables)
         if not self.built:
             with keras.name_scope(self.name, caller=self):
                 self.build(variables)
         return variables
-
-    def _unscale(self, grads, variables):
-        chosen = [
-            i
-            for i, (g, v) in enumerate(zip(grads, variables, strict=True))
-            if g is not None and not getattr(v, "overwrite_with_gradient", False)
-        ]
-        unscaled = engine.unscale([grads[i] for i in chosen], self._scale())
-        by_index = dict(zip(chosen, unscaled, strict=True))
-        return [by_index.get(i, g) for i, g in enumerate(grads)]
-
-    def _record(self, flags, variables):
-        old = LossScaleState(
-            self.dynamic_scale,
-            self.step_counter,
-            self.hysteresis_left,
-            self.overflow_counter,
-            self.consecutive_counter,
-        )
-        # Operators, not `ops`, wherever a plain number takes part: see `next_state`.
-        overflowed = ops.cast(flags, self.variable_counters.dtype)
-        overflowed = self._by_variable(overflowed, variables)
-        n = len(self._trainable_variables)
-        places = ops.arange(1, n + 1, dtype=overflowed.dtype)
-        # Backward, the last variable is the first that an overflow can reach.
-        first = ops.max(overflowed * places)
-        values = LossScaleState(*(ops.convert_to_tensor(v) for v in old))
-        new = next_state(values, first < 1, self.rule)
-        began = ops.cast(ops.equal(places, first), overflowed.dtype)
-        step = ops.stack([overflowed, began, ops.zeros_like(began)])
-        counts = ops.add(self.variable_counters, step)
-        engine.assign([*old, self.variable_counters], [*new, counts])
-
-    def _by_variable(self, flags, variables):
-        own = self._trainable_variables
-        if len(own) == len(variables) and all(map(operator.is_, own, variables)):
-            return flags
-        order = [self._get_variable_index(v) for v in variables]
-        columns = ops.one_hot(order, len(self._trainable_variables), dtype=flags.dtype)
-        return ops.sum(columns * ops.expand_dims(flags, 1), axis=0)
-
-    # -- misuse -------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def requires_scaled_loss(self):
-        """Inside, `apply` raises unless this optimizer scaled a loss there."""
-        before = self._loss_was_scaled
-        self._loss_was_scaled, self._in_transaction = False, True
-        try:
-            yield
-        finally:
-            self._loss_was_scaled = before or self._loss_was_scaled
-            self._in_transaction = False
-
-    def _check_loss_was_scaled(self, variables):
-        # A variable of a layer has a path below the layer's; gradients for others
-        # may come from anywhere.
-        if self._loss_was_scaled:
-            return
-        of_a_model = any("/" in _path(v) for v in variables)
-        if not (self._in_transaction or of_a_model):
-            return
-        raise ValueError(
-            f"`apply()` divides the gradients by the loss scale, but '{self.name}' "
-            "has not scaled a loss. Received: gradients of an unscaled loss, which "
-            f"would become {self.initial_scale:g} times too small. Add "
-            "`loss = optimizer.scale_loss(loss)` before the gradients are taken "
-            "(JAX: `optimizer.stateless_scale_loss(optimizer_variables, loss)`)."
-        )
-
-    def _check_stateless(self, optimizer_variables):
-        if not self.built or len(optimizer_variables) != len(self.variables):
-            expected = len(self.variables) if self.built else "a built optimizer's"
-            raise ValueError(
-                f"`optimizer_variables` must hold {expected} values, one for each of "
-                f"`optimizer.variables`. Received: {len(optimizer_variables)} values "
-                f"and built={self.built}. Call "
-                "`optimizer.build(model.trainable_variables)` first."
-            )
-
-    # -- state and config ---------------------------------------------------------
 
     def save_own_variables(self, store: Any) -> None:
         """Write every variable to `store`, those of Keras's wrapper first."""
@@ -458,22 +247,3 @@ def _to_blame(variables):
     # What overflows in the update is float16; if it is none of these, it is all's.
     half = [v.dtype == "float16" for v in variables]
     return half if any(half) else [True] * len(half)
-
-
-def _widen(loss):
-    narrow = keras.backend.standardize_dtype(loss.dtype) in ("float16", "bfloat16")
-    return ops.cast(loss, "float32") if narrow else loss
-
-
-def _path(variable):
-    return getattr(variable, "path", None) or variable.name
-
-
-def _paths(variables):
-    # Names are unique only within one layer; as in a plan, the second gets a number.
-    seen: dict[str, int] = {}
-    paths = []
-    for path in map(_path, variables):
-        seen[path] = seen.get(path, 0) + 1
-        paths.append(path if seen[path] == 1 else f"{path}#{seen[path]}")
-    return paths

@@ -22,8 +22,10 @@ import torch  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 import keras_mixprec as mp  # noqa: E402
+from keras_mixprec import ranges  # noqa: E402
 from keras_mixprec.backend import engine  # noqa: E402
 from keras_mixprec.backend import torch_backup  # noqa: E402
+from keras_mixprec.backend import torch_carrier  # noqa: E402
 
 VALUES = [
     torch.tensor([1.5, -0.0, torch.nan, torch.inf]),
@@ -265,6 +267,45 @@ def test_an_optimizer_that_was_replaced_takes_its_slots_along(monkeypatch):
     model.compile("sgd", "sparse_categorical_crossentropy")
     gc.collect()
     assert slot() is None
+
+
+def test_a_compiled_step_is_not_given_the_views_that_eager_steps_keep(owner):
+    variables = [keras.Variable([1.0, 2.0]), keras.Variable([[3.0]])]
+
+    def step(skipped):
+        saved = engine.read(variables, owner)
+        for variable in variables:
+            variable.assign(2.0 * variable.value)
+        engine.restore_by_select(skipped, variables, saved, owner)
+
+    step(torch.tensor(False))
+    kept = dict(owner._mixprec_kept)
+    assert list(kept) == [torch_backup._Bits]
+    # What it takes to refuse inputs that alias the weights, without a C++ compiler.
+    compiled_step = torch.compile(step, backend="aot_eager", fullgraph=True)
+    for run, skipped in ((compiled_step, True), (compiled_step, False), (step, True)):
+        run(torch.tensor(skipped))
+        assert owner._mixprec_kept == kept
+    values = [v.numpy().tolist() for v in variables]
+    assert values == [[4.0, 8.0], [[12.0]]]
+
+
+def test_ever_new_shapes_are_measured_right_and_do_not_pile_up(monkeypatch):
+    # More than a step takes, so that some are met again, and no multiple of it.
+    monkeypatch.setattr(torch_carrier, "_LAYOUTS", 13)
+    carrier = engine.carrier([], 1)
+    for step in range(24):
+        # As batches of sentences: other lengths each time, and now and then as before.
+        shapes = [(3, 1 + step % 5), (700 * step + 1,), (2, 1024 - step), (9,)]
+        arrays = [np.full(s, step + i, "float32") for i, s in enumerate(shapes)]
+        grads = [torch.from_numpy(a) for a in arrays]
+        grads[0] = grads[0].half()
+        expected = np.stack([ranges.measure_array(a) for a in arrays])
+        without = 1 + step % 3
+        grads[without], expected[without] = None, 0.0
+        rows = carrier.rows(lambda variable: None, grads).numpy()
+        np.testing.assert_array_equal(rows, expected)
+        assert 0 < len(carrier._layouts) <= 13
 
 
 @pytest.mark.slow

@@ -62,7 +62,8 @@ def test_an_undocumented_name_is_found(tmp_path):
         "__all__ = ['Thing', 'told', 'unlisted', 'untold']\n"
     )
     (package / "things.py").write_text(
-        'class Thing:\n    """A thing."""\n    def do(self): pass\n'
+        "class Part:\n    def help(self): pass\n"
+        'class Thing(Part):\n    """A thing."""\n    def do(self): pass\n'
         'def told():\n    """Tell."""\n'
         'def unlisted():\n    """Tell."""\n'
         "def untold(): pass\n"
@@ -72,6 +73,7 @@ def test_an_undocumented_name_is_found(tmp_path):
     assert hooks().undocumented(tmp_path, reference) == [
         "'unlisted' is not in docs/reference.md",
         "'gone' is not public",
+        "'Thing.help' has no docstring",
         "'Thing.do' has no docstring",
         "'untold' has no docstring",
     ]
@@ -142,6 +144,10 @@ def test_site_builds(tmp_path):
     hooks()
     run_python("-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site")
     assert dead_links((tmp_path / "site").resolve()) == []
+    reference = (tmp_path / "site" / "reference" / "index.html").read_text("utf-8")
+    # What users call on a class, whichever base of ours it is written in.
+    assert 'id="keras_mixprec.LossScaleOptimizer.scale_loss"' in reference
+    assert 'id="keras_mixprec.LossScaleOptimizer.overflow_counts"' in reference
     index = (tmp_path / "site" / "index.html").read_text("utf-8")
     # The reader's browser asks nobody else.
     assert not re.search(r'(?:src|href)="https?://[^"]+\.(?:js|css)"', index)

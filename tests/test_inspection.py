@@ -1,5 +1,8 @@
 """Several who look at one model's steps, and a model that changes while they look."""
 
+import gc
+import weakref
+
 import keras
 import numpy as np
 import pytest
@@ -76,6 +79,25 @@ def test_an_inspector_that_left_is_not_measured_for_any_more(built):
     fit(model, [mp.OverflowInspector(batches=[0], layers=["first"])])
     fit(model, [mp.OverflowInspector(batches=[0], layers=["huge"])])
     assert [names for names, _ in built] == [["first"], ["huge"]]
+
+
+def test_the_twin_and_what_was_compiled_for_it_go_with_the_last_inspector(monkeypatch):
+    kept, real = [], inspection.Instrument
+
+    def record(*arguments):
+        twin = real(*arguments)
+        kept.extend(map(weakref.ref, (twin, twin._function, twin._probes.log)))
+        return twin
+
+    monkeypatch.setattr(inspection, "Instrument", record)
+    model = model_that_overflows()
+    inspector = mp.OverflowInspector(batches=[0, 1])
+    fit(model, [inspector])
+    # What was measured stays on the device until somebody asks for it.
+    assert len(inspector.report.frames) == 2
+    gc.collect()
+    assert len(kept) == 3
+    assert [reference() for reference in kept] == [None] * 3
 
 
 @pytest.mark.skipif(

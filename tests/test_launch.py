@@ -10,6 +10,8 @@ import sys
 import keras
 import pytest
 
+from keras_mixprec_cli.launched import on_import
+
 ROOT = pathlib.Path(__file__).parents[1]
 COMMAND = "import sys; from keras_mixprec_cli.app import main; sys.exit(main())"
 
@@ -118,6 +120,12 @@ def test_the_script_chooses_the_backend_and_gets_the_policy(script, words):
     assert (found["policy"], found["backend"]) == ("mixed_float16", backend)
     (fit,) = found["fits"]
     assert fit["logs"]["loss_scale"] == 2.0**15
+
+
+def test_finders_from_before_there_was_find_spec_are_passed_by(monkeypatch):
+    ours = on_import._Finder({})
+    monkeypatch.setattr(sys, "meta_path", [ours, object(), *sys.meta_path])
+    assert ours.find_spec("keras").origin == keras.__file__
 
 
 @pytest.mark.slow

@@ -37,3 +37,19 @@ def test_eight_devices_learn_as_one_does(kind):
 )
 def test_the_decision_costs_no_more_than_a_few_numbers(kind):
     run(SCRIPT, [["collectives", kind]], EIGHT, deadline=200)
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param("data", marks=pytest.mark.slow), "model"]
+)
+def test_a_variable_without_a_gradient_is_left_alone(kind):
+    (output,) = run(SCRIPT, [["missing", kind]], EIGHT, deadline=120)
+    assert output.count("stepped and skipped") == 2
+
+
+@pytest.mark.parametrize(
+    "kind", ["data", pytest.param("model", marks=pytest.mark.slow)]
+)
+def test_looking_at_steps_compiles_one_more_step_and_not_one_for_each(kind):
+    (output,) = run(SCRIPT, [["inspected", kind]], EIGHT, deadline=120)
+    assert "compiled once" in output

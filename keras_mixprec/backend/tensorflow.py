@@ -1,8 +1,6 @@
-"""TensorFlow: `select` under XLA on a GPU, else `cond`."""
+"""TensorFlow: a graph, of one device or of several replicas, with XLA or without."""
 
-import contextlib
 import functools
-import threading
 
 import tensorflow as tf
 from tensorflow.compiler.tf2xla.python import xla as xla_ops
@@ -11,25 +9,12 @@ from keras_mixprec import ranges
 from keras_mixprec.backend import stateful
 from keras_mixprec.backend import tensorflow_replicas
 from keras_mixprec.backend.gradient_carrier import GradientCarrier
-from keras_mixprec.backend.tensorflow_overflow import flags
-from keras_mixprec.backend.tensorflow_overflow import flags_by_shape
-
-_trace = threading.local()
-
-
-@contextlib.contextmanager
-def _compiled(jit_compile):
-    # A graph does not know whether XLA will compile it; the model that traces does.
-    before = getattr(_trace, "xla", False)
-    _trace.xla = jit_compile
-    try:
-        yield
-    finally:
-        _trace.xla = before
-
-
-def _xla():
-    return getattr(_trace, "xla", False)
+from keras_mixprec.backend.tensorflow_commit import commit  # noqa: F401
+from keras_mixprec.backend.tensorflow_commit import read
+from keras_mixprec.backend.tensorflow_commit import restore_by_cond
+from keras_mixprec.backend.tensorflow_commit import restore_by_select
+from keras_mixprec.backend.tensorflow_xla import compiling
+from keras_mixprec.backend.tensorflow_xla import is_compiling
 
 
 def unscale(grads, scale):
@@ -55,122 +40,13 @@ def reduce_gradients(grads):
     return tensorflow_replicas.reduce_gradients(grads)
 
 
-def commit(grads, scale, update, record, variables, compilable, optimizer, half):
-    """Call `update(grads)` if no gradient overflowed, then `record(flags)`.
-
-    `half()`: of each gradient, whether what overflows in the update is put down to it:
-    only what is float16 itself can.
-    """
-    if tf.distribute.get_replica_context() is None:
-        raise ValueError(
-            "`apply()` must be called in a replica context. Received: a call in "
-            "cross-replica context. Call it inside `strategy.run(...)`."
-        )
-    step = grads, scale, update, record
-    if tensorflow_replicas.branches_across():
-        _commit_on_replicas(*step, variables, optimizer, half)
-    elif any(v.dtype == "float16" for v in variables):
-        _commit_by_select(*step, variables, half)
-    elif _on_gpu(variables):
-        _commit_on_gpu(*step, variables, compilable)
-    else:
-        _commit_by_cond(*step)
-
-
-def _commit_on_gpu(grads, scale, update, record, variables, compilable):
-    def whole():
-        with _compiled(True):
-            _commit_by_select(grads, scale, update, record, variables)
-
-    if _xla():
-        whole()
-    elif compilable() and not tf.executing_eagerly():
-        # Op by op, a GPU spends the update waiting for launches.
-        tf.function(whole, jit_compile=True, autograph=False)()
-    else:
-        _commit_by_cond(grads, scale, update, record)
-
-
-def _on_gpu(variables):
-    devices = {v.value.device for v in variables}
-    return len(devices) == 1 and "GPU" in devices.pop()
-
-
-def _commit_by_select(grads, scale, update, record, variables, half=tuple):
-    # On a GPU XLA fuses a select into each variable's own update; a branch it does
-    # not. On a CPU it copies for the one and runs the other in place.
-    fuses = _xla() and _on_gpu(variables)
-    overflows = flags_by_shape(grads, scale) if fuses else flags(grads, scale, _xla())
-    saved = read(variables)
-    update(grads)
-    if any(v.dtype == "float16" for v in variables):
-        overflows |= _overflowed(variables) & tf.constant(half())
-    restore_by_select(tf.reduce_any(overflows), variables, saved)
-    record(overflows)
-
-
-def _overflowed(variables):
-    # Weights that are float16 themselves can overflow in the update.
-    half = [v.value.read_value() for v in variables if v.dtype == "float16"]
-    finite = [tf.reduce_all(tf.math.is_finite(v)) for v in half]
-    return tf.logical_not(tf.reduce_all(finite))
-
-
-def _commit_by_cond(grads, scale, update, record):
-    overflows = flags(grads, scale, _xla())
-    tf.cond(tf.reduce_any(overflows), tf.no_op, lambda: _run(update, grads))
-    record(overflows)
-
-
-def _commit_on_replicas(grads, scale, update, record, variables, optimizer, half):
-    if tf.__internal__.distribute.strategy_supports_no_merge_call():
-        # All GPUs, and XLA compiles what each of them runs.
-        with tensorflow_replicas.on_reduced_gradients(optimizer):
-            _commit_by_select(grads, scale, update, record, variables, half)
-        return
-    overflows = flags(grads, scale, _xla())
-    guarded = functools.partial(_update_if_finite, update, variables)
-    tensorflow_replicas.commit(overflows, grads, guarded, record, optimizer)
-
-
-def _update_if_finite(update, variables, grads):
-    half = any(v.dtype == "float16" for v in variables)
-    saved = read(variables) if half else []
-    update(grads)
-    if half:
-        restore_by_select(_overflowed(variables), variables, saved)
-
-
-def _run(function, *args, **kwargs):
-    function(*args, **kwargs)
-    return tf.no_op()
-
-
-def read(variables):
-    return [v.value.read_value() for v in variables]
-
-
-def restore_by_select(skipped, variables, saved):
-    for v, old in zip(variables, saved, strict=True):
-        v.assign(tf.where(skipped, old, v.value.read_value()))
-
-
-def restore_by_cond(skipped, variables, saved):
-    def restore():
-        for v, old in zip(variables, saved, strict=True):
-            v.assign(old)
-        return tf.no_op()
-
-    tf.cond(skipped, restore, tf.no_op)
-
-
 def wrap_train_step(transaction):
     model = transaction.model
     _require_no_xla_over_replicas(model)
 
     def restore_if(skipped, variables, saved):
         replicas = model.distribute_strategy.num_replicas_in_sync
-        select = _xla() or replicas > 1
+        select = is_compiling() or replicas > 1
         restore = restore_by_select if select else restore_by_cond
         restore(skipped, variables, saved)
 
@@ -178,7 +54,7 @@ def wrap_train_step(transaction):
 
     def compiled_step(data):
         _require_no_xla_over_replicas(model)
-        with _compiled(model.jit_compile and not model.run_eagerly):
+        with compiling(model.jit_compile and not model.run_eagerly):
             return step(data)
 
     return compiled_step
@@ -226,7 +102,7 @@ def carrier(paths, calls):
 
 
 def _partial(x):
-    if _xla():
+    if is_compiling():
         # XLA joins reductions of one tensor in one kernel, but not those of what a
         # Triton kernel of its own wrote. Behind a barrier it cannot tell.
         return ranges.partial(x, lambda x: xla_ops.optimization_barrier(x)[0])

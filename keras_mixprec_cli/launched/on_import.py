@@ -35,7 +35,9 @@ class _Finder(importlib.abc.MetaPathFinder):
 
     def _found_by_others(self, *wanted):
         others = [finder for finder in sys.meta_path if finder is not self]
-        specs = (finder.find_spec(*wanted) for finder in others)
+        # Finders from before there was `find_spec` have none: Python passes them by.
+        find = [f.find_spec for f in others if hasattr(f, "find_spec")]
+        specs = (find_spec(*wanted) for find_spec in find)
         return next((spec for spec in specs if spec is not None), None)
 
     def _loaded(self):

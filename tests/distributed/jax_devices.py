@@ -3,6 +3,8 @@
 python jax_devices.py survive data|model|across INNER [PORT PROCESSES INDEX]
 python jax_devices.py curves data|model INNER...
 python jax_devices.py collectives data|model
+python jax_devices.py missing data|model
+python jax_devices.py inspected data|model
 python jax_devices.py memory data PORT PROCESSES INDEX
 """
 
@@ -20,6 +22,8 @@ import keras
 import numpy as np
 from jax.experimental import multihost_utils
 from jax_processes import start
+
+import keras_mixprec as mp
 
 
 def distribution(kind):
@@ -233,6 +237,78 @@ def _collectives(optimizer):
     layout = keras.distribution.distribution().get_data_layout
     batch = [jax.device_put(a, layout(a.shape).backend_layout) for a in batch]
     return _count(step.lower(state, tuple(batch)).compile().as_text())
+
+
+def missing(kind):
+    """A variable without a gradient stays; the others are stepped, or skipped whole."""
+    keras.distribution.set_distribution(distribution(kind))
+    for apply in (_apply, _stateless_apply):
+        model = faults.net()
+        variables = model.trainable_variables
+        optimizer = mp.LossScaleOptimizer(keras.optimizers.SGD(0.5), 8.0)
+        optimizer.build(variables)
+        grads = [
+            jax.device_put(jnp.full(v.shape, 8.0), v.value.sharding) for v in variables
+        ]
+        # Of a weight that is split, before one that overflows: counts go by position.
+        grads[0] = None
+        before = [np.asarray(v.value) for v in variables]
+        apply(optimizer, grads, variables)
+        after = [before[0], *(value - 0.5 for value in before[1:])]
+        _check_values(variables, after)
+        hidden = next(i for i, v in enumerate(variables) if "hidden_1/k" in v.path)
+        # On one device alone.
+        grads[hidden] = grads[hidden].at[0, -1].set(jnp.inf)
+        apply(optimizer, grads, variables)
+        _check_values(variables, after)
+        expected = {v.path: int(i == hidden) for i, v in enumerate(variables)}
+        assert optimizer.overflow_counts == expected, optimizer.overflow_counts
+        assert optimizer.loss_scale == 4.0, optimizer.loss_scale
+        print("stepped and skipped by", apply.__name__, flush=True)
+
+
+def _apply(optimizer, grads, variables):
+    optimizer.scale_loss(0.0)
+    optimizer.apply(grads, variables)
+
+
+def _stateless_apply(optimizer, grads, variables):
+    optimizer.scale_loss(0.0)
+    owned = variables, optimizer.variables
+    values = [[v.value for v in kept] for kept in owned]
+    step = jax.jit(
+        lambda own, grads, state: optimizer.stateless_apply(state, grads, own)
+    )
+    found = step(values[0], grads, values[1])
+    for kept, new in zip(owned, found, strict=True):
+        for variable, value in zip(kept, new, strict=True):
+            variable.assign(value)
+
+
+def _check_values(variables, expected):
+    for variable, value in zip(variables, expected, strict=True):
+        np.testing.assert_array_equal(variable.value, value, err_msg=variable.path)
+
+
+def inspected(kind):
+    """Steps in mid-epoch can be looked at; what looks at them is compiled once."""
+    keras.distribution.set_distribution(distribution(kind))
+    compiled, seen = [], []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda event, *_, **__: compiled.append("backend_compile" in event)
+    )
+    watch = keras.callbacks.LambdaCallback(
+        on_train_batch_begin=lambda batch, logs: seen.append(sum(compiled))
+    )
+    inspector = mp.OverflowInspector(batches=range(2, 5))
+    Trainer("plain").run(*faults.batches(6), epochs=2, callbacks=[watch, inspector])
+    frames = [(f.epoch, f.batch) for f in inspector.report.frames]
+    assert frames == [(e, b) for e in (0, 1) for b in (2, 3, 4)], frames
+    # The second batch runs what the first compiled; the third is the first looked at.
+    first, second = seen[:6], seen[6:]
+    assert first[0] < first[1] == first[2] < first[3] == first[5], seen
+    assert second[0] == second[5], seen
+    print("compiled once", seen, flush=True)
 
 
 def _count(program):
