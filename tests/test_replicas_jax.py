@@ -47,9 +47,8 @@ def test_a_variable_without_a_gradient_is_left_alone(kind):
     assert output.count("stepped and skipped") == 2
 
 
-@pytest.mark.parametrize(
-    "kind", ["data", pytest.param("model", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["data", "model"])
 def test_looking_at_steps_compiles_one_more_step_and_not_one_for_each(kind):
     (output,) = run(SCRIPT, [["inspected", kind]], EIGHT, deadline=120)
     assert "compiled once" in output
