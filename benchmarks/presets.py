@@ -88,6 +88,18 @@ PRESETS = {
         jax optimizer_step.py
         torch optimizer_step.py
     """,
+    # Most of what the table is about first: on BERT, what scaling adds to a step.
+    "scaling": "\n".join(
+        f"{backend} scaling.py --devices {devices} --scaling {way} --model {model} "
+        "--size full --check"
+        for model, ways in (
+            ("bert", ("mp", "none")),
+            ("bert", ("keras",)),
+            ("resnet", ("mp", "none")),
+            ("resnet", ("keras",)),
+        )
+        for way, devices, backend in itertools.product(ways, (2, 1), _BACKENDS)
+    ),
     # The longest first.
     "trainings": "\n".join(
         f"{backend} trainings.py --only {task} --runs {kind}"

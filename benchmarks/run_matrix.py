@@ -19,11 +19,9 @@ alone. Rows that share a GPU take its memory bit by bit: `--jobs` of them have t
 """
 
 import argparse
-import contextlib
 import functools
 import pathlib
 import shlex
-import signal
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -31,6 +29,7 @@ from concurrent.futures import ThreadPoolExecutor
 from presets import PRESETS  # noqa: F401 - what `--rows` takes
 from presets import read_rows
 from row_process import Lease
+from row_process import ended_by_signal
 from row_process import run_row
 from turns import Turns
 
@@ -86,20 +85,6 @@ def run(name: str, options: argparse.Namespace, lease: Lease) -> bool:
         except BaseException:
             lease.stop()
             raise
-
-
-@contextlib.contextmanager
-def ended_by_signal():
-    """Inside, SIGTERM ends this process as an error does: no child is left behind."""
-
-    def leave(number, frame):
-        sys.exit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, leave)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def main() -> int:
