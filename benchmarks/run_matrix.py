@@ -64,7 +64,7 @@ def run(name: str, options: argparse.Namespace, lease: Lease) -> bool:
         return not failure
 
     def _run(row, number):
-        print("#", shlex.join(row), *options.extra, flush=True)
+        print(f"# {shlex.join([*row, *options.extra])}\n", end="", flush=True)
         if lease.left() < 5:
             return "not started: the time is up"
         return run_row(

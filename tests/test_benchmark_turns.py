@@ -3,7 +3,6 @@
 import pathlib
 import subprocess
 import sys
-import textwrap
 import time
 
 import psutil
@@ -164,32 +163,51 @@ def test_the_end_of_the_lease_ends_a_row_that_waits(monkeypatch, tmp_path):
     assert lines == []
 
 
-def test_a_row_takes_what_it_started_with_it(monkeypatch, tmp_path):
+# Starts a process that would stay, and says which.
+WITH_A_CHILD = """
+import pathlib, subprocess, sys, time
+command = [sys.executable, "-c", "import time; time.sleep(60)"]
+child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+pathlib.Path(sys.argv[1]).write_text(str(child.pid))
+time.sleep(float(sys.argv[2]))
+"""
+
+
+def gone(note):
+    """Whether the process whose number is in a file ends within 10 s."""
+    pid, end = int(note.read_text()), time.monotonic() + 10
+    while time.monotonic() < end:
+        # An orphan whose exit code nobody has read is gone too.
+        if not psutil.pid_exists(pid) or (
+            psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+        ):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+@pytest.mark.parametrize("seconds, timeout", [(60, 3), (0, 60)])
+def test_a_row_takes_what_it_started_with_it(monkeypatch, tmp_path, seconds, timeout):
     monkeypatch.syspath_prepend(BENCHMARKS)
     from row_process import Lease
     from row_process import run_row
 
     script, note = tmp_path / "row.py", tmp_path / "pid"
-    script.write_text(
-        textwrap.dedent(f"""
-            import pathlib, subprocess, sys, time
-            child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=-1)
-            pathlib.Path({str(note)!r}).write_text(str(child.pid))
-            time.sleep(float(sys.argv[1]))
-        """)
-    )
+    script.write_text(WITH_A_CHILD)
+    row = ["jax", script, str(note), str(seconds)]
+    failure = run_row(row, [], timeout, Lease(100), print)
+    assert failure == ("timeout after 3 s\n" if seconds else "")
+    assert gone(note)
 
-    def gone():
-        # An orphan that nobody has read the exit code of yet is gone too.
-        pid = int(note.read_text())
-        return not psutil.pid_exists(pid) or (
-            psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-        )
 
-    for seconds, timeout, failure in ((60, 3, "timeout after 3 s\n"), (0, 60, "")):
-        row = ["jax", script, str(seconds)]
-        assert run_row(row, [], timeout, Lease(100), print) == failure
-        deadline = time.monotonic() + 10
-        while not gone() and time.monotonic() < deadline:
-            time.sleep(0.05)
-        assert gone()
+def test_a_matrix_that_is_ended_takes_its_rows_with_it(tmp_path):
+    script, note = tmp_path / "row.py", tmp_path / "pid"
+    script.write_text(WITH_A_CHILD)
+    (tmp_path / "rows.txt").write_text(f"jax {script} {note} 60\n" * 2)
+    command = [sys.executable, "run_matrix.py", "--rows", tmp_path / "rows.txt"]
+    process = subprocess.Popen([*command, "--out", tmp_path], cwd=BENCHMARKS)
+    while not note.exists() or not note.read_text():
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(20) == 128 + 15
+    assert gone(note)
