@@ -4,10 +4,11 @@
 #     OUT=results TOTAL=570 benchmarks/gpu.sh tf-xla jax
 #     benchmarks/gpu.sh tf-xla -- --steps 5 --blocks 3
 #
-#     JOBS=6 TOGETHER=1 TIMEOUT=400 TOTAL=570 benchmarks/gpu.sh scaling
+#     JOBS=9 TOGETHER=1 TIMEOUT=400 TOTAL=570 benchmarks/gpu.sh scaling
+#     JOBS=4 TOGETHER=1 TIMEOUT=400 TOTAL=570 benchmarks/gpu.sh scaling-resnet
 #
 # Groups: tf-xla tf-noxla jax torch precision resnet dlrm mlp peers optimizer; scaling
-# needs two GPUs and has to be asked for.
+# and scaling-resnet need two GPUs and have to be asked for.
 # Without a group: all, the most important first. Results come as JSON lines, printed
 # and appended to OUT (default benchmarks/results). TIMEOUT: seconds per row; TOTAL:
 # seconds in all; JOBS: rows at a time; TOGETHER: not empty, they compile side by side

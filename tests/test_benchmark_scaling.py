@@ -92,6 +92,23 @@ def test_a_turn_is_one_rows(monkeypatch, capsys):
     assert "--wait-for-turn is one row's" in capsys.readouterr().err
 
 
+def test_the_presets_measure_every_engine_model_and_way_on_one_and_two(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import presets
+    import scaling
+
+    found = []
+    for name in ("scaling", "scaling-resnet"):
+        for backend, script, *arguments in presets.read_rows(name):
+            chosen = scaling.parse([*arguments, "--wait-for-turn"])
+            assert (script, chosen.size, chosen.check) == ("scaling.py", "full", True)
+            (devices,), (way,) = chosen.devices, chosen.scaling
+            found.append((backend, chosen.model, way, devices))
+    assert len(found) == len({*found}) == 3 * 2 * 3 * 2
+    # A lease may end before the last: ours and none of each engine on BERT first.
+    assert {row[1:3] for row in found[:12]} == {("bert", "mp"), ("bert", "none")}
+
+
 @pytest.mark.parametrize(
     "own, others, each",
     [
