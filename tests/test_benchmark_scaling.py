@@ -149,9 +149,17 @@ def test_rows_of_two_devices_and_of_one_are_measured_in_turn(monkeypatch, tmp_pa
     command += ["--out", str(tmp_path), "--together", "--"]
     small = ["--size", "small", "--model", "mlp", "--steps", "2", "--blocks", "2"]
     monkeypatch.setattr("sys.argv", command + small)
+    waited, wait = [], run_matrix.Turns.wait
+
+    def noted(self, row, alive):
+        waited.append(row)
+        wait(self, row, alive)
+
+    monkeypatch.setattr(run_matrix.Turns, "wait", noted)
     code = run_matrix.main()
     failed = tmp_path / "rows.failed.txt"
     assert code == 0, failed.read_text()
+    assert sorted(waited) == [0, 1]
     lines = (tmp_path / "rows.jsonl").read_text().splitlines()
     scaled, single = map(json.loads, lines)
     assert (scaled["benchmark"], single["benchmark"]) == ("scaling", "train_step")
