@@ -4,10 +4,15 @@
 #     OUT=results TOTAL=570 benchmarks/gpu.sh tf-xla jax
 #     benchmarks/gpu.sh tf-xla -- --steps 5 --blocks 3
 #
-# Groups: tf-xla tf-noxla jax torch precision resnet dlrm mlp peers optimizer.
+#     JOBS=9 TOGETHER=1 TIMEOUT=400 TOTAL=570 benchmarks/gpu.sh scaling
+#     JOBS=4 TOGETHER=1 TIMEOUT=400 TOTAL=570 benchmarks/gpu.sh scaling-resnet
+#
+# Groups: tf-xla tf-noxla jax torch precision resnet dlrm mlp peers optimizer; scaling
+# and scaling-resnet need two GPUs and have to be asked for.
 # Without a group: all, the most important first. Results come as JSON lines, printed
-# and appended to OUT (default benchmarks/results). TIMEOUT: seconds per row;
-# TOTAL: seconds in all; PYTHON: the interpreter.
+# and appended to OUT (default benchmarks/results). TIMEOUT: seconds per row; TOTAL:
+# seconds in all; JOBS: rows at a time; TOGETHER: not empty, they compile side by side
+# and are timed one after the other (run_matrix.py --together); PYTHON: the interpreter.
 set -u
 here="$(cd "$(dirname "$0")" && pwd)"
 groups=()
@@ -23,4 +28,4 @@ export PYTHONUNBUFFERED=1 TF_CPP_MIN_LOG_LEVEL=3
 exec timeout -k 10 "$((${TOTAL:-36000} + 20))" \
     "${PYTHON:-python3}" "$here/run_matrix.py" --rows "${groups[@]}" \
     --out "${OUT:-$here/results}" --timeout "${TIMEOUT:-300}" \
-    --total "${TOTAL:-36000}" "$@"
+    --total "${TOTAL:-36000}" --jobs "${JOBS:-1}" ${TOGETHER:+--together} "$@"

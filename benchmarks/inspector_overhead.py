@@ -8,6 +8,8 @@ encoder (`models.py`) in mixed_float16 on one batch, over and over: first until 
 train functions are compiled, then in blocks of `--steps`, plain and looked at in turns,
 each with one read of the device at its end, which for a block that is looked at
 includes what was measured. A line of JSON per pair of blocks, with the medians so far.
+No more pairs after `--seconds`, counted from the start, or from the go-ahead with
+`--wait-for-turn`.
 """
 
 import argparse
@@ -19,6 +21,9 @@ import statistics
 import subprocess
 import sys
 import time
+
+from rows import add_turn
+from rows import wait_for_turn
 
 _HERE = pathlib.Path(__file__).resolve().parent
 # Pairs of blocks that a median takes at least.
@@ -51,7 +56,7 @@ def worker(given):
 
         def __init__(self):
             super().__init__()
-            self.seconds = []
+            self.seconds, self.since = [], started
 
         def on_epoch_begin(self, epoch, logs=None):
             self.start = time.perf_counter()
@@ -61,10 +66,13 @@ def worker(given):
             self.seconds.append(time.perf_counter() - self.start)
             if epoch == 1:
                 print(json.dumps({"compiled_s": _since(started)}), flush=True)
+                if given.wait_for_turn:
+                    wait_for_turn()
+                    self.since = time.perf_counter()
             if epoch >= 3 and epoch % 2:
                 row = _row(self.seconds[2:], given.steps)
                 print(json.dumps(description | row), flush=True)
-            late = _since(started) > given.seconds
+            late = _since(self.since) > given.seconds
             if late and len(self.seconds) >= 2 + 2 * _PAIRS:
                 self.model.stop_training = True
 
@@ -142,7 +150,10 @@ def main():
     parser.add_argument("--jit-compile", choices=["yes", "no"])
     parser.add_argument("--seconds", type=float, default=60, help="then no more pairs")
     parser.add_argument("--timeout", type=float, default=120, help="per backend")
+    add_turn(parser)
     given = parser.parse_args()
+    if given.wait_for_turn and not given.worker:
+        parser.error("--wait-for-turn is one backend's: give --worker as well.")
     if given.worker:
         worker(given)
         return 0

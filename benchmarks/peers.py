@@ -13,10 +13,12 @@ import time
 
 import torch
 from peer_models import build
+from rows import add_turn
 from rows import emit
 from rows import peak_memory
 from rows import place
 from rows import summary
+from rows import wait_for_turn
 from shapes import SHAPES
 from shapes import SIZES
 
@@ -79,6 +81,9 @@ def measure(options: argparse.Namespace) -> dict:
     trainer = Trainer(options)
     compile_s = trainer.block(1)
     trainer.block(options.warmup)
+    if options.wait_for_turn:
+        wait_for_turn()
+        trainer.block(options.warmup)
     seconds = [trainer.block(options.steps) for _ in range(options.blocks)]
     batch = len(trainer.targets)
     described = {
@@ -90,6 +95,7 @@ def measure(options: argparse.Namespace) -> dict:
         "policy": options.policy,
         "xla": False,
         "batch": batch,
+        "together": options.wait_for_turn,
         "compile_s": round(compile_s, 2),
     }
     gpu = torch.cuda.get_device_name() if trainer.kind == "cuda" else None
@@ -120,6 +126,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=3, help="steps before timing")
     parser.add_argument("--steps", type=int, default=10, help="steps per timed block")
     parser.add_argument("--blocks", type=int, default=5, help="timed blocks")
+    add_turn(parser)
     parser.add_argument("--out", help="append the row to this .jsonl file")
     options = parser.parse_args(arguments)
     if options.scaling is None:

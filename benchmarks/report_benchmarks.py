@@ -9,6 +9,9 @@ import json
 import pathlib
 from collections.abc import Callable
 
+import report_scaling
+import tables
+
 HERE = pathlib.Path(__file__).resolve().parent
 
 _HEAD = """# Benchmarks
@@ -27,22 +30,6 @@ Without loss scaling many float16 gradients of a deep model are 0, and a GPU is 
 on zeros: `benchmarks/NOTES.md` has the kernels. The fixed scale computes on the same
 numbers as ours does, but never checks and never skips.
 """
-
-_MODELS = {
-    "bert": "BERT-base",
-    # What `bert` was until positions became one table for all samples.
-    "bert-lookup": "BERT-base, positions looked up by each sample",
-    "resnet": "ResNet-50",
-    "dlrm": "Recommender (DLRM-style)",
-    "mlp": "MLP",
-}
-_SCALINGS = {
-    "none": "no loss scaling",
-    "fixed": "a fixed scale, unchecked",
-    "keras": "Keras's wrapper",
-    "mp": "keras_mixprec",
-    "mp+monitor": "keras_mixprec and monitor",
-}
 
 
 def read(folder: pathlib.Path) -> list[dict]:
@@ -76,7 +63,8 @@ def _parse(line, path, number):
 def _identity(row):
     """What a row measured, without what it saw and when: a later run replaces it."""
     seen = ("versions", "date", "compile_s", "samples_per_s", "peak_memory_mb")
-    seen += ("accuracy", "changes", "seconds")
+    seen += ("accuracy", "changes", "seconds", "together")
+    seen += ("peak_memory_mb_each", "overflows_survived", "efficiency")
     names = [k for k in sorted(row) if k not in seen and not _is_figure(k)]
     return json.dumps({name: row[name] for name in names})
 
@@ -120,20 +108,24 @@ def _place(row):
 
 
 def _sections(rows):
-    steps = [row for row in rows if row["benchmark"] != "optimizer_step"]
+    apart = ("optimizer_step", "scaling")
+    steps = [row for row in rows if row["benchmark"] not in apart]
     for kind in dict.fromkeys(_kind(row) for row in steps):
         model, size, batch = kind
         own = [row for row in steps if _kind(row) == kind]
         small = "" if size == "full" else ", small stand-in"
-        yield f"\n### {_MODELS.get(model, model)}{small}, batch {batch}\n"
+        yield f"\n### {tables.MODELS.get(model, model)}{small}, batch {batch}\n"
         yield from _section("Interleaved", own, _interleaved, _INTERLEAVED)
         yield from _section("One process each", own, _alone, _ALONE)
         yield from _section("Peers in plain PyTorch", own, _is_peer, _ALONE)
+    yield from report_scaling.sections(
+        [row for row in rows if row["benchmark"] == "scaling"]
+    )
     optimizer = [row for row in rows if row["benchmark"] == "optimizer_step"]
     if optimizer:
         count, size = optimizer[0]["variables"], optimizer[0]["parameters"] / 1e6
         yield f"\n### Optimizer step alone, {count} variables, {size:.1f}M parameters\n"
-        yield _table(optimizer, _OPTIMIZER)
+        yield tables.table(optimizer, _OPTIMIZER)
 
 
 def _kind(row):
@@ -157,7 +149,7 @@ def _section(title, rows, chosen, columns):
     rows = [row | _against_siblings(row, rows) for row in rows]
     if rows:
         yield f"\n{title}:\n"
-        yield _table(rows, columns)
+        yield tables.table(rows, columns)
 
 
 def _against_siblings(row, rows):
@@ -176,66 +168,36 @@ def _against_siblings(row, rows):
     return found
 
 
-def _table(rows: list[dict], columns: dict[str, Callable[[dict], str]]) -> str:
-    lines = [" | ".join(columns), " | ".join("-" for _ in columns)]
-    lines += [" | ".join(cell(row) for cell in columns.values()) for row in rows]
-    return "\n".join(f"| {line} |" for line in lines) + "\n"
-
-
-def _backend(row):
-    if row["benchmark"] == "peers":
-        return row["backend"]
-    compiled = {"tensorflow": ("no XLA", "XLA"), "torch": ("eager", "torch.compile")}
-    pair = compiled.get(row["backend"])
-    return f"{row['backend']}, {pair[row['xla']]}" if pair else row["backend"]
-
-
-def _scaling(row):
-    return _SCALINGS.get(row["scaling"], row["scaling"])
-
-
-def _time(row):
-    return f"{row['ms_per_step']:.2f} ({row['ms_min']:.2f} to {row['ms_max']:.2f})"
-
-
-def _percent(row, field):
-    return f"{100 * (row[field] - 1):+.1f}%" if field in row else ""
-
-
-def _times(row, field):
-    return f"{row[field]:.2f}x" if field in row else ""
-
-
-def _memory(row):
-    of = "" if row.get("memory_of") == "device" else " (host)"
-    return f"{row['peak_memory_mb']:.0f}{of}"
+def _first_step(row):
+    # Beside others that compile too, it is no figure of the row's own.
+    return "" if row.get("together") else f"{row['compile_s']:.1f}"
 
 
 _FIRST = {
-    "backend": _backend,
+    "backend": tables.backend,
     "policy": lambda row: row["policy"],
-    "loss scaling": _scaling,
-    "ms per step": _time,
+    "loss scaling": tables.scaling,
+    "ms per step": tables.time,
 }
 _INTERLEAVED = _FIRST | {
-    "against the first": lambda row: _percent(row, "ratio"),
-    "in pairs": lambda row: _percent(row, "paired_ratio"),
-    "against the fixed scale": lambda row: _percent(row, "ratio_to_fixed"),
+    "against the first": lambda row: tables.percent(row, "ratio"),
+    "in pairs": lambda row: tables.percent(row, "paired_ratio"),
+    "against the fixed scale": lambda row: tables.percent(row, "ratio_to_fixed"),
     "blocks x steps": lambda row: f"{row['blocks']} x {row['steps_per_block']}",
 }
 _ALONE = _FIRST | {
-    "against none": lambda row: _percent(row, "ms_per_step_ratio"),
-    "over TF32": lambda row: _times(row, "over_tf32"),
-    "over float32": lambda row: _times(row, "over_float32"),
+    "against none": lambda row: tables.percent(row, "ms_per_step_ratio"),
+    "over TF32": lambda row: tables.times(row, "over_tf32"),
+    "over float32": lambda row: tables.times(row, "over_float32"),
     "samples/s": lambda row: f"{row['samples_per_s']:.0f}",
-    "peak memory, MiB": _memory,
-    "memory against none": lambda row: _percent(row, "peak_memory_mb_ratio"),
-    "first step, s": lambda row: f"{row['compile_s']:.1f}",
+    "peak memory, MiB": tables.memory,
+    "memory against none": lambda row: tables.percent(row, "peak_memory_mb_ratio"),
+    "first step, s": _first_step,
 }
 _OPTIMIZER = {
     "backend": lambda row: f"{row['backend']}, {row['mode']}",
     "optimizer": lambda row: row["optimizer"],
-    "ms per step": _time,
+    "ms per step": tables.time,
     "against the inner one": lambda row: f"{row['ratio']:.2f}x",
     "in pairs": lambda row: f"{row['paired_ratio']:.2f}x",
 }

@@ -1,5 +1,6 @@
 """One measured row, and where it was measured."""
 
+import argparse
 import datetime
 import json
 import os
@@ -80,6 +81,41 @@ def host_peak() -> float:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     # Bytes on macOS, KiB elsewhere (getrusage(2)).
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def wait_for_turn(wanted: bool = True) -> None:
+    """Say that all is compiled, and wait until nobody compiles or is timed any more.
+
+    Prints `ready` and takes a line from standard input for the go-ahead, which
+    `run_matrix.py --together` gives.
+
+    Args:
+        wanted: Whether to wait. Defaults to `True`.
+
+    Raises:
+        RuntimeError: If the input ends: whoever would answer is gone.
+    """
+    if not wanted:
+        return
+    print("ready", flush=True)
+    if not sys.stdin.readline():
+        raise RuntimeError(
+            "Expected a line on standard input, the go-ahead. Received: its end. Run "
+            "under `run_matrix.py --together`, or leave `--wait-for-turn` out."
+        )
+
+
+def add_turn(parser: argparse.ArgumentParser) -> None:
+    """Add `--wait-for-turn` to a script's options.
+
+    Args:
+        parser: The script's `argparse.ArgumentParser`.
+    """
+    parser.add_argument(
+        "--wait-for-turn",
+        action="store_true",
+        help="compiled, print `ready` and wait for a line on standard input",
+    )
 
 
 def emit(row: dict, path: str | None = None) -> None:

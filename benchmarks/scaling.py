@@ -7,8 +7,16 @@ TensorFlow: `MirroredStrategy`; JAX: `DataParallel`; torch: DistributedDataParal
 process for each device. GPUs where there are any, else logical CPU devices, which
 share the same cores: good for correctness, not for speed. The batch is per device, so
 that ideal scaling keeps the step time. Each number of devices and each way to scale
-the loss has processes of its own. With `--check` an overflow is then forced on each
-device in turn: one decision, finite weights, or the row says so.
+the loss has processes of its own, which see only as many GPUs. With `--check` an
+overflow is then forced on each device in turn: one decision, finite weights, or the
+row says so.
+
+TensorFlow runs without XLA on any number of devices, one included: it compiles for
+one device alone, and like is to be compared with like. JAX always compiles, torch
+never does here. JAX and torch have their batch on the device before the clock runs;
+TensorFlow's comes from the host through `tf.data`, as `MirroredStrategy` wants it.
+A row's `xla` says which; `batch` is per device, `samples_per_s` of all; memory in MiB,
+`peak_memory_mb_each` of each device (without GPUs: of each process), before the check.
 
 | `--scaling` | what is compiled |
 |-|-|
@@ -22,9 +30,12 @@ import json
 import os
 import pathlib
 import socket
-import subprocess
 import sys
 
+import scaling_job
+from rows import add_turn
+from rows import emit
+from rows import wait_for_turn
 from shapes import SHAPES
 from shapes import SIZES
 
@@ -41,31 +52,22 @@ def launch(devices: int, scaling: str, options: argparse.Namespace) -> dict:
         options: Namespace of the command line.
 
     Raises:
-        RuntimeError: If a process fails, or none answers in time.
+        RuntimeError: If a process fails, with what it said, or time is up.
     """
-    job = {"devices": devices, "scaling": scaling} | {
-        k: getattr(options, k) for k in ("model", "size", "batch", "steps", "blocks")
-    }
+    keys = ("model", "size", "batch", "steps", "blocks", "wait_for_turn")
+    job = {"devices": devices, "scaling": scaling}
+    job |= {key: getattr(options, key) for key in keys}
     job["check"] = options.check and scaling == "mp"
     many = devices if os.environ.get("KERAS_BACKEND") == "torch" else 1
     command = [sys.executable, "-W", "ignore", __file__, "--worker", json.dumps(job)]
     port = _free_port()
-    processes = []
-    for rank in range(many):
-        out = subprocess.PIPE if rank == 0 else subprocess.DEVNULL
-        env = os.environ | _environment(rank, many, port, devices)
-        processes.append(subprocess.Popen(command, env=env, stdout=out, text=True))
-    try:
-        output = processes[0].communicate(timeout=options.timeout)[0]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    lines = [line for line in output.splitlines() if line.startswith("{")]
+    environments = [_environment(rank, many, port, devices) for rank in range(many)]
+    said = scaling_job.run(command, environments, options.timeout, wait_for_turn)
+    lines = [line for line in said if line.startswith("{")]
     if not lines:
         raise RuntimeError(
             f"Expected a row from {devices} devices with scaling={scaling}. Received: "
-            "nothing on standard output. What failed stands above."
+            "nothing on standard output. Run `--worker` by hand."
         )
     return json.loads(lines[-1])
 
@@ -80,10 +82,18 @@ def _environment(rank, processes, port, devices):
         "WORLD_SIZE": str(processes),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
+        "CUDA_VISIBLE_DEVICES": _visible(devices),
         "XLA_FLAGS": " ".join(filter(None, [os.environ.get("XLA_FLAGS"), host])),
         "PYTHONPATH": os.pathsep.join(paths + [before] if before else paths),
         "TF_CPP_MIN_LOG_LEVEL": "2",
     }
+
+
+def _visible(devices):
+    # Engines take memory on every GPU that they see, also on one that nobody asked for.
+    numbers = ",".join(map(str, range(devices)))
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", numbers)
+    return ",".join(seen.split(",")[:devices])
 
 
 def _free_port():
@@ -95,9 +105,13 @@ def _free_port():
 def with_efficiency(rows: list[dict]) -> list[dict]:
     """Return the rows with `efficiency`: the step time on fewest devices over theirs.
 
+    Of rows that are all of one number of devices there is none.
+
     Args:
         rows: List of rows of any ways of scaling.
     """
+    if len({row["devices"] for row in rows}) == 1:
+        return rows
     first = {}
     for row in sorted(rows, key=lambda r: r["devices"]):
         first.setdefault(row["scaling"], row["ms_per_step"])
@@ -149,10 +163,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--blocks", type=int, default=5)
     parser.add_argument("--check", action="store_true", help="force overflows too")
     parser.add_argument("--timeout", type=float, default=600, help="seconds per row")
+    add_turn(parser)
     parser.add_argument("--out", help="append the rows to this .jsonl file")
     parser.add_argument("--plot", help="draw them into this .png file")
     parser.add_argument("--worker", type=json.loads, help=argparse.SUPPRESS)
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.wait_for_turn and len(options.devices) * len(options.scaling) > 1:
+        parser.error(
+            "--wait-for-turn is one row's: give one number of --devices and one "
+            f"--scaling. Received: {options.devices} and {options.scaling}."
+        )
+    return options
 
 
 def main() -> None:
@@ -165,8 +186,6 @@ def main() -> None:
         return
     rows = [launch(n, way, options) for n in options.devices for way in options.scaling]
     rows = with_efficiency(rows)
-    from rows import emit
-
     for row in rows:
         emit(row, options.out)
     if options.plot:

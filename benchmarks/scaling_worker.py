@@ -13,104 +13,29 @@ import numpy as np
 from backends import current
 from backends import versions
 from rows import emit
-from rows import peak_memory
+from rows import host_peak
 from rows import place
 from rows import summary
+from rows import wait_for_turn
+from scaling_engines import ENGINES
 
 import keras_mixprec as mp
 from keras_mixprec import hardware
 
-
-class Mirrored:
-    """TensorFlow: one process, `MirroredStrategy`."""
-
-    local_share = 1
-
-    def __init__(self, devices):
-        import tensorflow as tf
-
-        gpus = tf.config.list_physical_devices("GPU")
-        kind = "GPU" if gpus else "CPU"
-        if not gpus:
-            cpu = tf.config.list_physical_devices("CPU")[0]
-            logical = [tf.config.LogicalDeviceConfiguration()] * devices
-            tf.config.set_logical_device_configuration(cpu, logical)
-        for gpu in gpus:
-            tf.config.experimental.set_memory_growth(gpu, True)
-        names = [f"{kind}:{i}" for i in range(devices)]
-        self.strategy = tf.distribute.MirroredStrategy(names)
-        self.scope = self.strategy.scope
-        self.chief = True
-
-    def wrap(self, model):
-        return model
-
-    def copies(self, variable):
-        return self.strategy.experimental_local_results(variable.value)
-
-    def leave(self):
-        """Nobody to part from."""
-
-
-class DataParallel:
-    """JAX: one process, `keras.distribution.DataParallel`."""
-
-    local_share = 1
-
-    def __init__(self, devices):
-        import contextlib
-
-        names = keras.distribution.list_devices()[:devices]
-        distribution = keras.distribution.DataParallel(devices=names)
-        keras.distribution.set_distribution(distribution)
-        self.scope, self.chief = contextlib.nullcontext, True
-
-    def wrap(self, model):
-        return model
-
-    def copies(self, variable):
-        return [shard.data for shard in variable.value.addressable_shards]
-
-    def leave(self):
-        """Nobody to part from."""
-
-
-class DDP:
-    """torch: a process for each device, `DistributedDataParallel`."""
-
-    def __init__(self, devices):
-        from torch_ddp import start
-
-        device, self.local_share = start(), devices
-        self.scope = lambda: keras.device(str(device))
-        self.chief = os.environ["RANK"] == "0"
-
-    def wrap(self, model):
-        from torch_ddp import Replicated
-
-        return Replicated(model)
-
-    def copies(self, variable):
-        value = variable.value.detach().contiguous()
-        found = [torch.empty_like(value) for _ in range(self.local_share)]
-        torch.distributed.all_gather(found, value)
-        return [c.cpu() for c in found]
-
-    def leave(self):
-        from torch_ddp import leave
-
-        leave()
-
-
-ENGINES = {"tensorflow": Mirrored, "jax": DataParallel, "torch": DDP}
+# Epochs that are not timed: one that compiles, and one after the others' turns.
+_WARM_UP = 2
 
 
 class Blocks(keras.callbacks.Callback):
-    """The seconds of each epoch; the first holds the compilation."""
+    """The seconds of each epoch; after the first it waits for its turn.
 
-    def __init__(self):
+    Args:
+        wait: Whether there are turns.
+    """
+
+    def __init__(self, wait):
         super().__init__()
-        self.seconds = []
+        self.wait, self.seconds = wait, []
 
     def on_epoch_begin(self, epoch, logs=None):
         self.start = time.perf_counter()
@@ -118,6 +43,9 @@ class Blocks(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         # Keras has read the epoch's loss by now, so that the devices are done.
         self.seconds.append(time.perf_counter() - self.start)
+        if epoch == 0:
+            # In every process: in a collective, a GPU would wait by working.
+            wait_for_turn(self.wait)
 
 
 def work(job: dict) -> None:
@@ -127,27 +55,58 @@ def work(job: dict) -> None:
         job: Dict of what `scaling.launch` asks for.
     """
     replicas = ENGINES[keras.backend.backend()](job["devices"])
-    _measure(replicas, job)
+    row = _measure(replicas, job)
+    if replicas.chief:
+        emit(row)
     replicas.leave()
 
 
 def _measure(replicas, job):
     with replicas.scope():
         model, workload = _compiled(replicas, job)
-        blocks = Blocks()
-        batches = _batches(workload, job, replicas).repeat(job["steps"])
-        epochs = 1 + job["blocks"]
-        model.fit(batches, epochs=epochs, verbose=0, callbacks=[blocks])
+        blocks = Blocks(job["wait_for_turn"])
+        batches = replicas.batches(*_batch(workload, job, replicas))
+        epochs = _WARM_UP + job["blocks"]
+        steps = job["steps"]
+        model.fit(
+            batches, epochs=epochs, steps_per_epoch=steps, verbose=0, callbacks=[blocks]
+        )
+        memory = _memory(replicas)
         checked = _check(replicas, model, workload, job) if job["check"] else None
-    if replicas.chief:
-        backend = current()
-        devices = hardware.gpu_memory()
-        row = {"backend": keras.backend.backend(), **job, "overflows_survived": checked}
-        batch = job["devices"] * workload.batch
-        row |= summary(blocks.seconds[1:], job["steps"], batch)
-        row |= peak_memory(devices)
-        row["peak_memory_mb_each"] = [round(peak, 1) for _, peak in devices.values()]
-        emit(row | place(backend.device(), versions(backend)))
+    backend = current()
+    return {
+        **_described(job, workload),
+        **summary(blocks.seconds[_WARM_UP:], steps, job["devices"] * workload.batch),
+        **memory,
+        "overflows_survived": checked,
+        **place(backend.device(), versions(backend)),
+    }
+
+
+def _described(job, workload):
+    return {
+        "benchmark": "scaling",
+        "model": job["model"],
+        "size": job["size"],
+        "backend": keras.backend.backend(),
+        "scaling": job["scaling"],
+        "policy": "mixed_float16",
+        "xla": keras.backend.backend() == "jax",
+        "batch": workload.batch,
+        "devices": job["devices"],
+        "together": job["wait_for_turn"],
+    }
+
+
+def _memory(replicas):
+    found = [peak for _, peak in hardware.gpu_memory().values()]
+    own = found[replicas.own_devices] or [host_peak()]
+    each = [round(peak, 1) for peak in replicas.over_processes(own)]
+    return {
+        "peak_memory_mb": round(sum(each), 1),
+        "memory_of": "device" if found else "host",
+        "peak_memory_mb_each": each,
+    }
 
 
 def _compiled(replicas, job):
@@ -160,15 +119,18 @@ def _compiled(replicas, job):
         if scaled:
             module = wrappers[job["scaling"]]
             optimizer = module.LossScaleOptimizer(optimizer, initial_scale=2.0**10)
-        model.compile(optimizer, workload.loss, auto_scale_loss=False)
+        model.compile(
+            optimizer,
+            workload.loss,
+            auto_scale_loss=False,
+            jit_compile=keras.backend.backend() == "jax",
+        )
     return model, workload
 
 
-def _batches(workload, job, replicas, bad=None):
-    """A `tf.data.Dataset` of one batch: of all devices, or of this process."""
-    import tensorflow as tf
-
-    # With a device count of 1 in this process each process brings its own device's.
+def _batch(workload, job, replicas, bad=None):
+    """x, y and weights of all devices, or of this process's own alone."""
+    # Where each process has one device, it brings that one's samples.
     times = 1 if replicas.local_share > 1 else job["devices"]
     x, y = keras.tree.map_structure(
         lambda a: np.concatenate([a] * times), (workload.x, workload.y)
@@ -178,20 +140,31 @@ def _batches(workload, job, replicas, bad=None):
         own = bad * workload.batch if times > 1 else 0
         if times > 1 or job["devices"] == 1 or int(os.environ["RANK"]) == bad:
             weights[own] = 1e36
-    return tf.data.Dataset.from_tensors((x, y, weights))
+    return x, y, weights
 
 
 def _check(replicas, model, workload, job):
+    """Say `yes`, or what an overflow on which device has done."""
+    found = []
     for bad in range(job["devices"]):
         before = model.optimizer.overflow_count
-        batches = _batches(workload, job, replicas, bad)
-        model.fit(batches, verbose=0)
+        batches = replicas.batches(*_batch(workload, job, replicas, bad))
+        model.fit(batches, steps_per_epoch=1, verbose=0)
+        counted = model.optimizer.overflow_count - before
+        if counted != 1:
+            found.append(f"no: counted {counted} times with one on device {bad}")
+        # All look at all variables, whatever they find: others wait for them in it.
         owned = [*model.trainable_variables, *model.optimizer.variables]
-        if model.optimizer.overflow_count != before + 1:
-            return f"no: counted {model.optimizer.overflow_count - before} times"
-        for v in owned:
-            copies = [np.asarray(c) for c in replicas.copies(v)]
-            same = all(c.tobytes() == copies[0].tobytes() for c in copies)
-            if not same or not np.isfinite(copies[0]).all():
-                return f"no: {v.path} with the overflow on device {bad}"
-    return "yes"
+        found += [
+            f"no: {v.path} with the overflow on device {bad}"
+            for v in owned
+            if not _same_and_finite(replicas.copies(v))
+        ]
+    # An engine's processes may see different things; one that fails speaks for all.
+    return (replicas.over_processes(found) or ["yes"])[0]
+
+
+def _same_and_finite(copies):
+    first, *others = [np.asarray(c) for c in copies]
+    same = all(c.tobytes() == first.tobytes() for c in others)
+    return same and bool(np.isfinite(first).all())

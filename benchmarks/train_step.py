@@ -23,7 +23,8 @@ turns, block by block, so that a drifting clock or a busy machine hits all alike
 row then has `ratio`, its median over that of the first, and `paired_ratio`, the median
 over the rounds of the ratio within a round; `ratio_to_fixed` and
 `paired_ratio_to_fixed` likewise where `fixed` is one of them. Memory is only measured
-in rows that have a process for themselves.
+in rows that have a process for themselves. With `--wait-for-turn` the row says
+`together`: `compile_s` was then taken beside others that compiled.
 """
 
 import argparse
@@ -34,10 +35,12 @@ import keras
 from backends import current
 from backends import versions
 from models import build
+from rows import add_turn
 from rows import emit
 from rows import peak_memory
 from rows import place
 from rows import summary
+from rows import wait_for_turn
 from shapes import SHAPES
 from shapes import SIZES
 
@@ -126,6 +129,11 @@ def measure(options: argparse.Namespace) -> list[dict]:
         runner, seconds = _start(backend, scaling, options)
         runners.append(runner)
         rows.append(_described(runner, options) | {"compile_s": round(seconds, 2)})
+    if options.wait_for_turn:
+        wait_for_turn()
+        for runner in runners:
+            # Others have used the device since.
+            runner.block(options.warmup)
     blocks = _interleaved(runners, options)
     for row, seconds in zip(rows, blocks, strict=True):
         row |= summary(seconds, options.steps, row["batch"])
@@ -175,6 +183,7 @@ def _described(runner, options):
         "policy": options.policy,
         "xla": options.xla,
         "batch": runner.batch,
+        "together": options.wait_for_turn,
         "interleaved": options.scaling if len(options.scaling) > 1 else None,
     }
 
@@ -198,6 +207,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=3, help="steps before timing")
     parser.add_argument("--steps", type=int, default=10, help="steps per timed block")
     parser.add_argument("--blocks", type=int, default=5, help="timed blocks")
+    add_turn(parser)
     parser.add_argument("--out", help="append the rows to this .jsonl file")
     options = parser.parse_args(arguments)
     if backend == "jax" and not options.xla:

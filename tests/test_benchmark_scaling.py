@@ -1,0 +1,223 @@
+"""What surrounds the clock of benchmarks/scaling.py: processes, memory, the table."""
+
+import json
+import pathlib
+import sys
+import time
+
+import keras
+import pytest
+
+pytestmark = pytest.mark.slow
+
+BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
+
+
+def nothing():
+    raise AssertionError("no turn was to be taken")
+
+
+def run_job(monkeypatch, script, timeout=30, turn=nothing):
+    """Run two processes of a script, which has its rank in `rank`."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import scaling_job
+
+    head = "import os, sys, time\nrank = os.environ['RANK']\n"
+    command = [sys.executable, "-c", head + script]
+    ranks = [{"RANK": "0"}, {"RANK": "1"}]
+    return scaling_job.run(command, ranks, timeout, turn)
+
+
+def test_all_processes_wait_for_one_turn_and_the_chief_is_heard(monkeypatch, tmp_path):
+    late, turns = tmp_path / "late", []
+    script = f"""
+if rank == "1":
+    time.sleep(1)
+    open({str(late)!r}, "w").close()
+print("ready", flush=True)
+print("process", rank, "hears", sys.stdin.readline())
+"""
+
+    def turn():
+        turns.append(late.exists())
+        # Longer than the job's own time, which stands still.
+        time.sleep(5)
+
+    said = run_job(monkeypatch, script, timeout=5, turn=turn)
+    assert turns == [True]
+    assert [line.strip() for line in said if line.strip()] == ["process 0 hears go"]
+
+
+def test_a_process_that_fails_ends_the_job_and_says_why(monkeypatch):
+    # As NCCL does, the other waits for it longer than anybody would.
+    script = "sys.exit('no such GPU') if rank == '1' else time.sleep(60)"
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match="process 1 failed") as raised:
+        run_job(monkeypatch, script)
+    assert time.monotonic() - start < 20
+    assert "process 1, exit 1:\nno such GPU" in str(raised.value)
+    assert "process 0, still ran" in str(raised.value)
+
+
+def test_a_job_that_hangs_ends(monkeypatch):
+    with pytest.raises(RuntimeError, match="no end after 2 s") as raised:
+        run_job(monkeypatch, "rank == '1' and time.sleep(60)", timeout=2)
+    assert "process 1, still ran" in str(raised.value)
+    assert "process 0" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "before, visible",
+    [(None, "0,1"), ("5,6,7", "5,6"), ("GPU-a", "GPU-a"), ("", "")],
+)
+def test_a_job_sees_as_many_gpus_as_it_has_devices(monkeypatch, before, visible):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import scaling
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if before is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", before)
+    found = scaling._environment(rank=1, processes=2, port=1, devices=2)
+    assert found["CUDA_VISIBLE_DEVICES"] == visible
+
+
+def test_a_turn_is_one_rows(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import scaling
+
+    one = ["--wait-for-turn", "--devices", "2", "--scaling", "mp"]
+    assert scaling.parse(one).wait_for_turn
+    with pytest.raises(SystemExit):
+        scaling.parse([*one, "none"])
+    assert "--wait-for-turn is one row's" in capsys.readouterr().err
+
+
+def test_the_presets_measure_every_engine_model_and_way_on_one_and_two(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import presets
+    import scaling
+
+    found = []
+    for name in ("scaling", "scaling-resnet"):
+        for backend, script, *arguments in presets.read_rows(name):
+            chosen = scaling.parse([*arguments, "--wait-for-turn"])
+            assert (script, chosen.size, chosen.check) == ("scaling.py", "full", True)
+            (devices,), (way,) = chosen.devices, chosen.scaling
+            found.append((backend, chosen.model, way, devices))
+    assert len(found) == len({*found}) == 3 * 2 * 3 * 2
+    # A lease may end before the last: ours and none of each engine on BERT first.
+    assert {row[1:3] for row in found[:12]} == {("bert", "mp"), ("bert", "none")}
+
+
+@pytest.mark.parametrize(
+    "own, others, each",
+    [
+        # One process on two of three GPUs; the second of two, on one each.
+        (slice(2), [], [10.0, 20.0]),
+        (slice(1, 2), [7.0], [7.0, 20.0]),
+    ],
+)
+def test_memory_is_of_the_jobs_devices_in_all_processes(monkeypatch, own, others, each):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import scaling_worker
+
+    class Replicas:
+        own_devices = own
+
+        def over_processes(self, items):
+            return [*others, *items]
+
+    seen = {f"cuda:{i}": (1.0, 10.0 * (i + 1)) for i in range(3)}
+    monkeypatch.setattr(scaling_worker.hardware, "gpu_memory", lambda: seen)
+    assert scaling_worker._memory(Replicas()) == {
+        "peak_memory_mb": sum(each),
+        "memory_of": "device",
+        "peak_memory_mb_each": each,
+    }
+
+
+def test_rows_of_two_devices_and_of_one_are_measured_in_turn(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import run_matrix
+
+    backend = keras.backend.backend()
+    (tmp_path / "rows.txt").write_text(
+        f"{backend} scaling.py --devices 2 --scaling mp --check\n"
+        f"{backend} train_step.py --scaling mp\n"
+    )
+    command = ["run_matrix", "--rows", str(tmp_path / "rows.txt"), "--jobs", "2"]
+    command += ["--out", str(tmp_path), "--together", "--"]
+    small = ["--size", "small", "--model", "mlp", "--steps", "2", "--blocks", "2"]
+    monkeypatch.setattr("sys.argv", command + small)
+    waited, wait = [], run_matrix.Turns.wait
+
+    def noted(self, row, alive):
+        waited.append(row)
+        wait(self, row, alive)
+
+    monkeypatch.setattr(run_matrix.Turns, "wait", noted)
+    code = run_matrix.main()
+    failed = tmp_path / "rows.failed.txt"
+    assert code == 0, failed.read_text()
+    assert sorted(waited) == [0, 1]
+    lines = (tmp_path / "rows.jsonl").read_text().splitlines()
+    scaled, single = map(json.loads, lines)
+    assert (scaled["benchmark"], single["benchmark"]) == ("scaling", "train_step")
+    assert scaled["overflows_survived"] == "yes"
+    assert scaled["xla"] == (backend == "jax")
+    # Without GPUs it is each process's own, and torch has two.
+    each = scaled["peak_memory_mb_each"]
+    assert len(each) == (2 if backend == "torch" else 1) and min(each) > 0
+    assert scaled["peak_memory_mb"] == pytest.approx(sum(each))
+    assert scaled["together"] and single["together"]
+
+
+def measured(way, devices, ms, **fields):
+    row = {"benchmark": "scaling", "model": "bert", "size": "full", "batch": 64}
+    row |= {"backend": "jax", "xla": True, "policy": "mixed_float16"}
+    row |= {"scaling": way, "devices": devices, "together": True}
+    row |= {"ms_per_step": ms, "ms_min": ms, "ms_max": ms}
+    row |= {"memory_of": "device", "peak_memory_mb_each": [1000.0] * devices}
+    row |= {"overflows_survived": "yes" if way == "mp" else None}
+    row |= {"device": "GPU", "date": "2026-01-01", "versions": {"keras": "3.15.1"}}
+    return row | fields
+
+
+def test_the_table_of_several_gpus(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import report_benchmarks
+
+    rows = [measured("mp", 2, 12.5), measured("none", 2, 12.0)]
+    rows += [measured("mp", 1, 10.0), measured("none", 1, 9.75)]
+    # Of another engine there is nothing to compare with.
+    rows += [measured("mp", 2, 50.0, backend="torch", xla=False)]
+    page = report_benchmarks.page(rows)
+    assert page.count("### ") == 1 and "### Several GPUs" in page
+    lines = [line for line in page.splitlines() if line.startswith("| BERT-base")]
+    cells = [[cell.strip() for cell in line.split("|")[4:-1]] for line in lines]
+    memory = "1000, 1000"
+    ours = "keras_mixprec"
+    assert cells == [
+        ["1", "no loss scaling", "9.75 (9.75 to 9.75)", *[""] * 4, "1000", ""],
+        ["1", ours, "10.00 (10.00 to 10.00)", "", "+2.6%", "", "", "1000", "yes"],
+        # 3.6 + 2 * 0.47 us are 4.54; 9.75 / 12.
+        ["2", "no loss scaling", "12.00 (12.00 to 12.00)", "81.2%", ""]
+        + ["4.5 us (0.04%)", "", memory, ""],
+        # 12.5 - 12 - (10 - 9.75) ms, of 12.5.
+        ["2", ours, "12.50 (12.50 to 12.50)", "80.0%", "+4.2%"]
+        + ["4.5 us (0.04%)", "+250 us (+2.00%)", memory, "yes"],
+        ["2", ours, "50.00 (50.00 to 50.00)", "", "", "4.5 us (0.01%)", "", memory]
+        + ["yes"],
+    ]
+
+
+def test_a_later_run_on_as_many_gpus_replaces_the_earlier(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import report_benchmarks
+
+    later = measured("mp", 2, 11.0, peak_memory_mb_each=[9.0, 9.0], together=False)
+    later["overflows_survived"] = "no: counted 2 times"
+    rows = [measured("mp", 2, 12.5), measured("mp", 1, 10.0), later]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    kept = report_benchmarks.read(tmp_path)
+    assert [(row["devices"], row["ms_per_step"]) for row in kept] == [(2, 11), (1, 10)]
