@@ -9,6 +9,7 @@ from keras import ops
 
 from keras_mixprec import optimizer_state
 from keras_mixprec.backend import engine
+from keras_mixprec.backend.update import Update
 from keras_mixprec.inner_optimizer import bare_optimizer
 from keras_mixprec.inner_optimizer import is_keras_own
 from keras_mixprec.inner_optimizer import warn_about_inner_scale
@@ -150,25 +151,21 @@ class LossScaleOptimizer(
         check_any_gradient(grads)
         unscaled, self._gradients_were_unscaled = self._gradients_were_unscaled, False
         scale = ops.ones(()) if unscaled else self._scale()
-        # Before anything branches on them.
-        grads = engine.reduce_gradients(grads)
-
-        def update(grads):
-            # Unscaled where they are used, so that the quotients need no memory.
-            grads = grads if unscaled else self._unscale(grads, variables)
-            self.inner_optimizer.apply(grads, variables)
-
         engine.commit(
-            grads,
-            scale,
-            update,
-            lambda flags: self._record(flags, variables),
-            [*self._trainable_variables, *self.inner_optimizer.variables],
-            compilable=lambda: is_keras_own(
-                self.inner_optimizer, self._trainable_variables
-            ),
-            optimizer=self.inner_optimizer,
-            half=lambda: _to_blame(variables),
+            Update(
+                # Before anything branches on them.
+                grads=engine.reduce_gradients(grads),
+                scale=scale,
+                unscale=lambda g: g if unscaled else self._unscale(g, variables),
+                apply=lambda g: self.inner_optimizer.apply(g, variables),
+                record=lambda flags: self._record(flags, variables),
+                variables=[*self._trainable_variables, *self.inner_optimizer.variables],
+                optimizer=self.inner_optimizer,
+                compilable=lambda: is_keras_own(
+                    self.inner_optimizer, self._trainable_variables
+                ),
+                half=lambda: _to_blame(variables),
+            )
         )
 
     def stateless_apply(

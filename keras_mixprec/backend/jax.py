@@ -78,24 +78,20 @@ def reduce_gradients(grads):
     return grads
 
 
-def commit(grads, scale, update, record, variables, compilable, optimizer, half):
-    """Keep what `update(grads)` assigns only if no flag is set; `record(flags)`.
-
-    `half()`: of each gradient, whether what overflows in the update is put down to it:
-    only what is float16 itself can.
-    """
-    flags = _flags(grads, scale)
-    saved = [v.value for v in variables]
-    update(grads)
-    new = [v.value for v in variables]
+def commit(update):
+    """Keep what an `Update` assigns only if no gradient overflowed, and record it."""
+    flags = _flags(update.grads, update.scale)
+    saved = [v.value for v in update.variables]
+    update.run()
+    new = [v.value for v in update.variables]
     for value in new:
         if value.dtype == jnp.float16:
-            flags |= ~jnp.all(jnp.isfinite(value)) & jnp.array(half())
+            flags |= ~jnp.all(jnp.isfinite(value)) & jnp.array(update.half())
     finite = jnp.logical_not(jnp.any(flags))
-    for v, old, value in zip(variables, saved, new, strict=True):
+    for v, old, value in zip(update.variables, saved, new, strict=True):
         if value is not old:
             v.assign(jnp.where(finite, value, old))
-    record(flags)
+    update.record(flags)
 
 
 def wrap_train_step(transaction):

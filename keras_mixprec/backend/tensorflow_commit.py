@@ -11,40 +11,35 @@ from keras_mixprec.backend.tensorflow_xla import compiling
 from keras_mixprec.backend.tensorflow_xla import is_compiling
 
 
-def commit(grads, scale, update, record, variables, compilable, optimizer, half):
-    """Call `update(grads)` if no gradient overflowed, then `record(flags)`.
-
-    `half()`: of each gradient, whether what overflows in the update is put down to it:
-    only what is float16 itself can.
-    """
+def commit(update):
+    """Carry an `Update` out if no gradient overflowed, and record it."""
     if tf.distribute.get_replica_context() is None:
         raise ValueError(
             "`apply()` must be called in a replica context. Received: a call in "
             "cross-replica context. Call it inside `strategy.run(...)`."
         )
-    step = grads, scale, update, record
     if tensorflow_replicas.branches_across():
-        _commit_on_replicas(*step, variables, optimizer, half)
-    elif any(v.dtype == "float16" for v in variables):
-        _commit_by_select(*step, variables, half)
-    elif _on_gpu(variables):
-        _commit_on_gpu(*step, variables, compilable)
+        _commit_on_replicas(update)
+    elif any(v.dtype == "float16" for v in update.variables):
+        _commit_by_select(update)
+    elif _on_gpu(update.variables):
+        _commit_on_gpu(update)
     else:
-        _commit_by_cond(*step)
+        _commit_by_cond(update)
 
 
-def _commit_on_gpu(grads, scale, update, record, variables, compilable):
+def _commit_on_gpu(update):
     def whole():
         with compiling(True):
-            _commit_by_select(grads, scale, update, record, variables)
+            _commit_by_select(update)
 
     if is_compiling():
         whole()
-    elif compilable() and not tf.executing_eagerly():
+    elif update.compilable() and not tf.executing_eagerly():
         # Op by op, a GPU spends the update waiting for launches.
         tf.function(whole, jit_compile=True, autograph=False)()
     else:
-        _commit_by_cond(grads, scale, update, record)
+        _commit_by_cond(update)
 
 
 def _on_gpu(variables):
@@ -52,19 +47,21 @@ def _on_gpu(variables):
     return len(devices) == 1 and "GPU" in devices.pop()
 
 
-def _commit_by_select(grads, scale, update, record, variables, half=tuple):
+def _commit_by_select(update):
     # On a GPU XLA fuses a select into each variable's own update; a branch it does
     # not. On a CPU it copies for the one and runs the other in place.
-    fuses = is_compiling() and _on_gpu(variables)
-    overflows = (
-        flags_by_shape(grads, scale) if fuses else flags(grads, scale, is_compiling())
-    )
-    saved = read(variables)
-    update(grads)
-    if any(v.dtype == "float16" for v in variables):
-        overflows |= _overflowed(variables) & tf.constant(half())
-    restore_by_select(tf.reduce_any(overflows), variables, saved)
-    record(overflows)
+    fuses = is_compiling() and _on_gpu(update.variables)
+    overflows = (flags_by_shape if fuses else _flags)(update.grads, update.scale)
+    saved = read(update.variables)
+    update.run()
+    if any(v.dtype == "float16" for v in update.variables):
+        overflows |= _overflowed(update.variables) & tf.constant(update.half())
+    restore_by_select(tf.reduce_any(overflows), update.variables, saved)
+    update.record(overflows)
+
+
+def _flags(grads, scale):
+    return flags(grads, scale, is_compiling())
 
 
 def _overflowed(variables):
@@ -74,33 +71,45 @@ def _overflowed(variables):
     return tf.logical_not(tf.reduce_all(finite))
 
 
-def _commit_by_cond(grads, scale, update, record):
-    overflows = flags(grads, scale, is_compiling())
-    tf.cond(tf.reduce_any(overflows), tf.no_op, lambda: _run(update, grads))
-    record(overflows)
+def _commit_by_cond(update):
+    if is_compiling():
+        overflows, run = _flags(update.grads, update.scale), update.run
+    else:
+        # Unscaled first, TensorFlow divides in the gradients' own memory and reads
+        # them once; XLA fuses the division into what uses the quotients.
+        unscaled = update.unscale(update.grads)
+        overflows = _flags(unscaled, tf.ones(()))
+        run = functools.partial(update.apply, unscaled)
+    tf.cond(tf.reduce_any(overflows), tf.no_op, lambda: _run(run))
+    update.record(overflows)
 
 
-def _commit_on_replicas(grads, scale, update, record, variables, optimizer, half):
+def _commit_on_replicas(update):
     if tf.__internal__.distribute.strategy_supports_no_merge_call():
         # All GPUs, and XLA compiles what each of them runs.
-        with tensorflow_replicas.on_reduced_gradients(optimizer):
-            _commit_by_select(grads, scale, update, record, variables, half)
+        with tensorflow_replicas.on_reduced_gradients(update.optimizer):
+            _commit_by_select(update)
         return
-    overflows = flags(grads, scale, is_compiling())
-    guarded = functools.partial(_update_if_finite, update, variables)
-    tensorflow_replicas.commit(overflows, grads, guarded, record, optimizer)
+    guarded = functools.partial(_update_if_finite, update)
+    tensorflow_replicas.commit(
+        _flags(update.grads, update.scale),
+        update.grads,
+        guarded,
+        update.record,
+        update.optimizer,
+    )
 
 
-def _update_if_finite(update, variables, grads):
-    half = any(v.dtype == "float16" for v in variables)
-    saved = read(variables) if half else []
-    update(grads)
+def _update_if_finite(update, grads):
+    half = any(v.dtype == "float16" for v in update.variables)
+    saved = read(update.variables) if half else []
+    update.apply(update.unscale(grads))
     if half:
-        restore_by_select(_overflowed(variables), variables, saved)
+        restore_by_select(_overflowed(update.variables), update.variables, saved)
 
 
-def _run(function, *args, **kwargs):
-    function(*args, **kwargs)
+def _run(function):
+    function()
     return tf.no_op()
 
 

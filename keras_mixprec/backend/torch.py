@@ -58,29 +58,26 @@ def reduce_gradients(grads):
 
 
 @torch.no_grad()
-def commit(grads, scale, update, record, variables, compilable, optimizer, half):
-    """Keep what `update(grads)` assigns only if no flag is set; `record(flags)`.
-
-    `half()`: of each gradient, whether what overflows in the update is put down to it:
-    only what is float16 itself can.
-    """
-    flags = _flags(grads, scale)
+def commit(update):
+    """Keep what an `Update` assigns only if no gradient overflowed, and record it."""
+    variables, optimizer = update.variables, update.optimizer
+    flags = _flags(update.grads, update.scale)
     skipped = flags.any()
     halves = [v for v in variables if v._value.dtype is torch.float16]
     if halves or torch.compiler.is_compiling():
         saved = read(variables, optimizer)
-        update(grads)
-        own = torch.tensor(half(), device=flags.device)
+        update.run()
+        own = torch.tensor(update.half(), device=flags.device)
         for v in halves:
             flags = flags | (~torch.isfinite(v.value).all() & own)
         restore_by_select(flags.any(), variables, saved, optimizer)
     elif _free_to_read(flags):
         if not skipped:
-            update(grads)
+            update.run()
     else:
         with undone_if(skipped, variables, optimizer):
-            update(grads)
-    record(flags)
+            update.run()
+    update.record(flags)
 
 
 def _free_to_read(tensor):
