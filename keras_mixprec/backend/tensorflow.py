@@ -123,15 +123,20 @@ def _gpus():
     return tf.config.list_physical_devices("GPU")
 
 
+def _used_gpus():
+    # Logical ones, as TensorFlow counts memory: a process may hide a GPU from itself.
+    # Asked for only where there are GPUs, since that fixes how devices are split.
+    used = tf.config.list_logical_devices("GPU") if _gpus() else []
+    return [gpu.name.removeprefix("/device:") for gpu in used]
+
+
 def memory_info():
-    names = [gpu.name.removeprefix("/physical_device:") for gpu in _gpus()]
-    info = {n: tf.config.experimental.get_memory_info(n) for n in names}
+    info = {n: tf.config.experimental.get_memory_info(n) for n in _used_gpus()}
     return {n: (i["current"], i["peak"]) for n, i in info.items()}
 
 
 def reset_peak_memory():
-    for gpu in _gpus():
-        name = gpu.name.removeprefix("/physical_device:")
+    for name in _used_gpus():
         tf.config.experimental.reset_memory_stats(name)
     return True
 

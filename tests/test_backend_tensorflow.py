@@ -1,0 +1,96 @@
+"""TensorFlow: what only a GPU does, done on a CPU."""
+
+import types
+
+import keras
+import numpy as np
+import pytest
+from support import SCALING
+from support import assert_same_bits
+from support import data
+from support import half_classifier
+from support import snapshot
+
+if keras.backend.backend() != "tensorflow":
+    pytest.skip("TensorFlow's own ways to keep an update", allow_module_level=True)
+
+import tensorflow as tf  # noqa: E402
+
+from keras_mixprec.backend import engine  # noqa: E402
+from keras_mixprec.backend import tensorflow_commit  # noqa: E402
+
+
+@pytest.fixture
+def selected(monkeypatch):
+    """A CPU taken for a GPU. Yields whether XLA compiled, for each traced update."""
+    select, compiled = tensorflow_commit._commit_by_select, []
+
+    def counting(update):
+        compiled.append(tensorflow_commit.is_compiling())
+        select(update)
+
+    monkeypatch.setattr(tensorflow_commit, "_on_gpu", lambda variables: True)
+    monkeypatch.setattr(tensorflow_commit, "_commit_by_select", counting)
+    return compiled
+
+
+class Adam(keras.optimizers.Adam):
+    """Somebody's own: nothing is known of what its update calls."""
+
+
+@pytest.mark.parametrize(
+    "inner, jit_compile, by_select",
+    [("adam", True, {True}), ("adam", False, {True}), (Adam, False, set())],
+)
+def test_a_gpu_skips_a_step_whole(inner, jit_compile, by_select, selected):
+    inner = inner if isinstance(inner, str) else inner()
+    model = half_classifier(inner, jit_compile=jit_compile)
+    x, y = data(32)
+    model.train_on_batch(x, y)
+    for bad in (np.full_like(x, 1e6), np.full_like(x, np.nan)):
+        before = snapshot(model, model.optimizer)
+        model.train_on_batch(bad, y)
+        after = snapshot(model, model.optimizer)
+        assert_same_bits(before, after, but=(*SCALING, "loss/", "accuracy/"))
+    model.train_on_batch(x, y)
+    assert model.optimizer.overflow_count == 2
+    assert int(model.optimizer.iterations) == 2
+    # Without XLA around the step, one call of it around the update, if that compiles.
+    assert set(selected) == by_select
+
+
+def test_a_gpu_and_a_cpu_learn_the_same(monkeypatch):
+    x, y = data(64)
+    weights = []
+    for on_gpu in (False, True):
+        monkeypatch.setattr(
+            tensorflow_commit, "_on_gpu", lambda variables, on_gpu=on_gpu: on_gpu
+        )
+        keras.utils.set_random_seed(0)
+        model = half_classifier(keras.optimizers.SGD(0.125), 0.0, jit_compile=True)
+        model.fit(x, y, epochs=2, shuffle=False, verbose=0)
+        weights.append(model.get_weights())
+    for on_cpu, on_gpu in zip(*weights, strict=True):
+        np.testing.assert_array_equal(on_cpu, on_gpu)
+
+
+def test_memory_is_that_of_the_gpus_that_are_not_hidden(monkeypatch):
+    # `tf.config.set_visible_devices` of the second: TensorFlow calls it the first.
+    devices = {
+        "list_physical_devices": ["/physical_device:GPU:0", "/physical_device:GPU:1"],
+        "list_logical_devices": ["/device:GPU:0"],
+    }
+    for function, names in devices.items():
+        found = [types.SimpleNamespace(name=name) for name in names]
+        monkeypatch.setattr(tf.config, function, lambda kind, found=found: found)
+    asked = []
+
+    def get_memory_info(name):
+        asked.append(name)
+        return {"current": 1, "peak": 2}
+
+    monkeypatch.setattr(tf.config.experimental, "get_memory_info", get_memory_info)
+    monkeypatch.setattr(tf.config.experimental, "reset_memory_stats", asked.append)
+    assert engine.memory_info() == {"GPU:0": (1, 2)}
+    assert engine.reset_peak_memory()
+    assert asked == ["GPU:0"] * 2
