@@ -6,7 +6,7 @@ import shlex
 
 _BERT = "train_step.py --model bert"
 _THREE = "--scaling none,keras,mp"
-_BACKENDS = ("tensorflow", "jax", "torch")
+BACKENDS = ("tensorflow", "jax", "torch")
 
 
 def _scaling(model):
@@ -15,7 +15,7 @@ def _scaling(model):
         f"{backend} scaling.py --devices {devices} --scaling {way} --model {model} "
         "--size full --check"
         for way, devices, backend in itertools.product(
-            ("mp", "none", "keras"), (2, 1), _BACKENDS
+            ("mp", "none", "keras"), (2, 1), BACKENDS
         )
     )
 
@@ -100,6 +100,12 @@ PRESETS = {
         jax optimizer_step.py
         torch optimizer_step.py
     """,
+    "inspector": """
+        jax inspector_overhead.py --seconds 20
+        tensorflow inspector_overhead.py --seconds 20
+        torch inspector_overhead.py --seconds 40
+        tensorflow inspector_overhead.py --seconds 20 --jit-compile no
+    """,
     # Apart: fewer ResNets fit on a GPU side by side than BERTs, of 5 to 6 GiB each.
     "scaling": _scaling("bert"),
     "scaling-resnet": _scaling("resnet"),
@@ -109,7 +115,7 @@ PRESETS = {
         for task, kind, backend in itertools.product(
             ("transformer", "recommender", "cnn"),
             ("half", "float32", "adaptive"),
-            _BACKENDS,
+            BACKENDS,
         )
     ),
 }
@@ -133,7 +139,7 @@ def read_rows(name: str) -> list[list[str]]:
     rows = [shlex.split(line, comments=True) for line in text.splitlines()]
     rows = [row for row in rows if row]
     for row in rows:
-        if row[0] not in _BACKENDS:
+        if row[0] not in BACKENDS:
             raise ValueError(
                 "A row is `BACKEND SCRIPT ARGUMENTS`, the backend one of tensorflow, "
                 f"jax, torch. Received: {shlex.join(row)!r} in {name}. Mend the row."

@@ -108,7 +108,7 @@ def _place(row):
 
 
 def _sections(rows):
-    apart = ("optimizer_step", "scaling")
+    apart = ("optimizer_step", "scaling", "inspector")
     steps = [row for row in rows if row["benchmark"] not in apart]
     for kind in dict.fromkeys(_kind(row) for row in steps):
         model, size, batch = kind
@@ -118,6 +118,10 @@ def _sections(rows):
         yield from _section("Interleaved", own, _interleaved, _INTERLEAVED)
         yield from _section("One process each", own, _alone, _ALONE)
         yield from _section("Peers in plain PyTorch", own, _is_peer, _ALONE)
+    inspected = [row for row in rows if row["benchmark"] == "inspector"]
+    if inspected:
+        yield _INSPECTED
+        yield tables.table(inspected, _INSPECTOR)
     yield from report_scaling.sections(
         [row for row in rows if row["benchmark"] == "scaling"]
     )
@@ -200,6 +204,24 @@ _OPTIMIZER = {
     "ms per step": tables.time,
     "against the inner one": lambda row: f"{row['ratio']:.2f}x",
     "in pairs": lambda row: f"{row['paired_ratio']:.2f}x",
+}
+_INSPECTED = """
+### A step that `OverflowInspector` looks at
+
+BERT-base's encoder; every layer and every gradient. Milliseconds are medians of blocks,
+plain and looked at in turns; the ratio is that of each pair.
+"""
+_INSPECTOR = {
+    "backend": tables.backend,
+    "policy": lambda row: row["policy"],
+    "batch": lambda row: str(row["batch"]),
+    "ms plain": lambda row: f"{row['ms_plain']:.2f}",
+    "ms looked at": lambda row: f"{row['ms_looked_at']:.2f}",
+    "in pairs": lambda row: tables.percent(row, "paired_ratio"),
+    "lowest and highest": lambda row: (
+        f"{tables.percent(row, 'ratio_min')}, {tables.percent(row, 'ratio_max')}"
+    ),
+    "pairs x steps": lambda row: f"{row['pairs_of_blocks']} x {row['steps_per_block']}",
 }
 
 

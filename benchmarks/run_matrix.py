@@ -26,6 +26,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+from presets import BACKENDS
 from presets import PRESETS  # noqa: F401 - what `--rows` takes
 from presets import read_rows
 from row_process import Lease
@@ -77,7 +78,7 @@ def run(name: str, options: argparse.Namespace, lease: Lease) -> bool:
             turn=functools.partial(turns.wait, number) if options.together else None,
         )
 
-    rows = read_rows(name)
+    rows = [row for row in read_rows(name) if row[0] in options.backends]
     turns = Turns(options.jobs, len(rows))
     with ThreadPoolExecutor(options.jobs) as pool:
         try:
@@ -93,6 +94,9 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rows", nargs="+", required=True, help="presets or files")
+    parser.add_argument(
+        "--backends", nargs="+", choices=BACKENDS, default=BACKENDS, help="of which"
+    )
     parser.add_argument("--out", default=str(HERE / "results"), help="folder")
     parser.add_argument("--timeout", type=float, default=300, help="seconds per row")
     parser.add_argument("--total", type=float, default=1e6, help="seconds in all")

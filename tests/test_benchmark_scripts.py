@@ -56,6 +56,35 @@ def test_a_later_run_replaces_an_earlier_one(monkeypatch, tmp_path):
         report_benchmarks.read(tmp_path)
 
 
+def test_the_page_shows_what_looking_at_a_step_costs(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import inspector_overhead
+    import report_benchmarks
+
+    # Plain and looked at in turns: a drift hits both, and the ratios do not see it.
+    found = inspector_overhead.ratios([1.0, 1.25, 2.0, 2.25, 4.0, 6.0], steps=10)
+    assert found["ms_plain"] == 200 and found["ms_looked_at"] == 225
+    assert found["paired_ratio"] == 1.25
+    assert (found["ratio_min"], found["ratio_max"]) == (1.125, 1.5)
+    row = measured(benchmark="inspector") | found
+    line = report_benchmarks.page([measured(), row]).splitlines()[-1]
+    assert "| 200.00 | 225.00 | +25.0% | +12.5%, +50.0% | 3 x 10 |" in line
+
+
+def test_rows_of_other_backends_are_left_out(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import run_matrix
+
+    script, rows = tmp_path / "script.py", tmp_path / "rows.txt"
+    script.write_text("import os; print('{\"' + os.environ['KERAS_BACKEND'] + '\"')")
+    rows.write_text("".join(f"{b} {script}\n" for b in run_matrix.BACKENDS))
+    arguments = ["run_matrix", "--rows", str(rows), "--backends", "jax", "torch"]
+    monkeypatch.setattr("sys.argv", [*arguments, "--out", str(tmp_path / "out")])
+    assert run_matrix.main() == 0
+    found = (tmp_path / "out" / "rows.jsonl").read_text().split()
+    assert found == ['{"jax"', '{"torch"']
+
+
 def test_a_failing_row_does_not_stop_the_others(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(BENCHMARKS)
     import run_matrix
