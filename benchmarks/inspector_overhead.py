@@ -33,6 +33,8 @@ from shapes import SIZES
 
 import keras_mixprec as mp
 
+# Epochs that are left out: two that compile, and two after the others' turns.
+_WARM_UP = 4
 # Pairs of blocks that a median takes at least.
 _PAIRS = 3
 
@@ -59,11 +61,11 @@ class Blocks(keras.callbacks.Callback):
         keras.ops.convert_to_numpy(self.model.trainable_variables[-1])
         self.seconds.append(time.perf_counter() - self.start)
         if epoch == 1:
-            # The first of each kind compiles, and is left out.
-            self.seconds.clear()
             wait_for_turn(self.options.wait_for_turn)
             self.since = time.perf_counter()
-        elif epoch % 2:
+        if epoch == _WARM_UP - 1:
+            self.seconds.clear()
+        elif epoch >= _WARM_UP and epoch % 2:
             row = ratios(self.seconds, self.options.steps)
             emit(self.described | row, self.options.out)
             late = time.perf_counter() - self.since > self.options.seconds
@@ -111,7 +113,7 @@ def measure(options: argparse.Namespace) -> None:
         "steps_per_block": options.steps,
         **place(backend.device(), versions(backend)),
     }
-    epochs = 2 + 2 * options.pairs
+    epochs = _WARM_UP + 2 * options.pairs
     inspector = mp.OverflowInspector(
         epochs=range(1, epochs, 2), batches=range(options.steps)
     )

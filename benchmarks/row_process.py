@@ -60,16 +60,18 @@ class Lease:
 
 @contextlib.contextmanager
 def ended_by_signal():
-    """Inside, SIGTERM ends this process as an error does: no child is left behind."""
+    """Inside, SIGTERM and SIGHUP end this process as errors do: no child is left."""
 
     def leave(number, frame):
         sys.exit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, leave)
+    numbers = (signal.SIGTERM, signal.SIGHUP)
+    before = [signal.signal(number, leave) for number in numbers]
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
 
 
 def kill_group(process: subprocess.Popen) -> None:

@@ -78,8 +78,10 @@ class _Member:
         self.process, self.errors = process, errors
 
     def listen(self, rank, said):
-        for line in self.process.stdout:
-            said.put((rank, line))
+        # The output is closed under it where the job is over before the process is.
+        with contextlib.suppress(ValueError):
+            for line in self.process.stdout:
+                said.put((rank, line))
         said.put((rank, None))
 
     def go(self):

@@ -16,8 +16,10 @@ if keras.backend.backend() != "tensorflow":
 
 import tensorflow as tf  # noqa: E402
 
+import keras_mixprec as mp  # noqa: E402
 from keras_mixprec.backend import engine  # noqa: E402
 from keras_mixprec.backend import tensorflow_commit  # noqa: E402
+from keras_mixprec.backend.tensorflow_xla import compiling  # noqa: E402
 
 
 @pytest.fixture
@@ -57,6 +59,28 @@ def test_a_gpu_skips_a_step_whole(inner, jit_compile, by_select, selected):
     assert int(model.optimizer.iterations) == 2
     # Without XLA around the step, one call of it around the update, if that compiles.
     assert set(selected) == by_select
+
+
+@pytest.mark.parametrize("xla", [True, False])
+@pytest.mark.parametrize("overwritten", [True, False])
+@pytest.mark.parametrize("value, applied", [(2.0**50, True), (2.0**57, False)])
+def test_all_are_judged_as_they_come(xla, overwritten, value, applied):
+    # Float8 statistics come in gradients' places, and no scale was multiplied to them.
+    weight, statistic = keras.Variable([1.0]), keras.Variable([1.0])
+    statistic.overwrite_with_gradient = overwritten
+    optimizer = mp.LossScaleOptimizer("sgd", initial_scale=2.0**8)
+    optimizer.build([weight, statistic])
+    optimizer.scale_loss(1.0)
+
+    @tf.function(jit_compile=xla)
+    def step():
+        with compiling(xla):
+            grads = [tf.constant([0.0]), tf.constant([value])]
+            optimizer.apply(grads, [weight, statistic])
+
+    step()
+    assert optimizer.overflow_count == int(not applied)
+    assert (statistic.numpy().tolist() == [value]) == (overwritten and applied)
 
 
 def test_a_gpu_and_a_cpu_learn_the_same(monkeypatch):

@@ -122,6 +122,15 @@ def test_memory_that_an_update_exchanges_is_put_back_where_it_is_now(
     assert variables[1].numpy().tolist() == [3.0]
 
 
+def test_memory_that_an_update_gives_a_parameter_is_put_back_there(
+    device_copies, owner
+):
+    variables = [keras.Variable([1.0, 2.0])]
+    with torch_backup.undone_if(torch.tensor(True), variables, owner):
+        variables[0]._value.data = torch.tensor([torch.nan, 9.0])
+    assert variables[0].numpy().tolist() == [1.0, 2.0]
+
+
 def test_only_a_device_that_copies_exactly_is_asked_to():
     assert not torch_backup.copies_unless(torch.device("cpu"))
     if torch.cuda.is_available():
@@ -225,8 +234,8 @@ def test_a_step_launches_few_operations_more_than_without_us(
     ours = half_classifier()
     assert isinstance(ours.optimizer, mp.LossScaleOptimizer)
     assert not isinstance(plain.optimizer, mp.LossScaleOptimizer)
-    # 128 on torch 2.13, views and what the two metrics need among them.
-    assert 0 < launched(ours) - launched(plain) <= 130
+    # 128 on torch 2.13, views and what the two metrics need among them; it was 144.
+    assert 0 < launched(ours) - launched(plain) <= 140
 
 
 @pytest.mark.parametrize("by", ["select", "device"])

@@ -1,6 +1,7 @@
 """Rows that compile side by side are timed one after the other, while none compiles."""
 
 import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -177,10 +178,11 @@ def gone(note):
     """Whether the process whose number is in a file ends within 10 s."""
     pid, end = int(note.read_text()), time.monotonic() + 10
     while time.monotonic() < end:
-        # An orphan whose exit code nobody has read is gone too.
-        if not psutil.pid_exists(pid) or (
-            psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
-        ):
+        try:
+            # An orphan whose exit code nobody has read is gone too.
+            if psutil.Process(pid).status() == psutil.STATUS_ZOMBIE:
+                return True
+        except psutil.NoSuchProcess:
             return True
         time.sleep(0.05)
     return False
@@ -200,14 +202,20 @@ def test_a_row_takes_what_it_started_with_it(monkeypatch, tmp_path, seconds, tim
     assert gone(note)
 
 
-def test_a_matrix_that_is_ended_takes_its_rows_with_it(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_matrix_that_is_ended_takes_its_rows_with_it(tmp_path, number):
     script, note = tmp_path / "row.py", tmp_path / "pid"
     script.write_text(WITH_A_CHILD)
     (tmp_path / "rows.txt").write_text(f"jax {script} {note} 60\n" * 2)
     command = [sys.executable, "run_matrix.py", "--rows", tmp_path / "rows.txt"]
     process = subprocess.Popen([*command, "--out", tmp_path], cwd=BENCHMARKS)
-    while not note.exists() or not note.read_text():
-        time.sleep(0.05)
-    process.terminate()
-    assert process.wait(20) == 128 + 15
-    assert gone(note)
+    try:
+        while not note.exists() or not note.read_text():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(number)
+        assert process.wait(20) == 128 + number
+        assert gone(note)
+    finally:
+        process.kill()
+        process.wait()

@@ -8,6 +8,7 @@ import pytest
 from keras import ops
 
 from keras_mixprec.backend import LARGEST_NORM
+from keras_mixprec.backend import LARGEST_SCALED_NORM
 from keras_mixprec.backend import engine
 from keras_mixprec.backend import shapes
 
@@ -43,9 +44,15 @@ def ways():
 
     return [
         tf.function(functools.partial(overflow.flags, xla=False)),
+        tf.function(functools.partial(divided_first, overflow.flags)),
         tf.function(functools.partial(overflow.flags, xla=True), jit_compile=True),
         tf.function(overflow.flags_by_shape, jit_compile=True),
     ]
+
+
+def divided_first(flags, grads, scale):
+    quotients = [g if g is None else engine.unscale([g], scale)[0] for g in grads]
+    return flags(quotients, scale, xla=False, divided=True)
 
 
 def flags(arrays, scale=1.0):
@@ -90,6 +97,12 @@ def test_the_limit_is_that_of_the_norm_and_grows_with_the_scale():
     grads = [np.float32([below, 0.0]), np.float32([above, 0.0])]
     assert flags(grads) == [False, True]
     assert flags(grads, scale=4.0) == [False, False]
+
+
+def test_a_scaled_gradient_has_to_be_squared_itself():
+    below, above = LARGEST_SCALED_NORM, 2 * LARGEST_SCALED_NORM
+    grads = [np.float32([below, 0.0]), np.float32([above, 0.0])]
+    assert flags(grads, scale=2.0**24) == [False, True]
 
 
 def test_half_precision_gradients_are_squared_in_float32():

@@ -75,13 +75,24 @@ def _commit_by_cond(update):
     if is_compiling():
         overflows, run = _flags(update.grads, update.scale), update.run
     else:
-        # Unscaled first, TensorFlow divides in the gradients' own memory and reads
-        # them once; XLA fuses the division into what uses the quotients.
-        unscaled = update.unscale(update.grads)
-        overflows = _flags(unscaled, tf.ones(()))
-        run = functools.partial(update.apply, unscaled)
+        overflows, run = _unscaled_first(update)
     tf.cond(tf.reduce_any(overflows), tf.no_op, lambda: _run(run))
     update.record(overflows)
+
+
+def _unscaled_first(update):
+    """Return the flags, and what applies an update whose gradients are divided already.
+
+    TensorFlow divides in the gradients' own memory where nothing else reads them, and
+    so reads them once less. XLA fuses the division into what uses the quotients.
+    """
+    unscaled = update.unscale(update.grads)
+    pairs = zip(unscaled, update.grads, strict=True)
+    if any(quotient is grad is not None for quotient, grad in pairs):
+        # Some are no gradients of the scaled loss, and are judged as they come.
+        return _flags(update.grads, update.scale), update.run
+    overflows = flags(unscaled, update.scale, xla=False, divided=True)
+    return overflows, functools.partial(update.apply, unscaled)
 
 
 def _commit_on_replicas(update):

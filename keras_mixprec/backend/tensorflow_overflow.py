@@ -13,19 +13,21 @@ from keras_mixprec.backend.shapes import rows_of
 _NONE = 0.0
 
 
-def flags(grads, scale, xla: bool):
+def flags(grads, scale, xla: bool, divided: bool = False):
     """Return whether each gradient overflowed, as a bool vector.
 
     Args:
         grads: List of tensors, `IndexedSlices` or `None`, of the scaled loss.
         scale: Scalar tensor, the loss scale.
         xla: Whether XLA compiles what calls this.
+        divided: Whether they are divided by the loss scale already.
     """
     square = _square_by_product if xla else _half_square
     values = [_values(g) for g in grads]
     squares = [_NONE if v is None else square(_at_least_float32(v)) for v in values]
     # Halves are doubled once for all.
-    return _too_large(tf.stack(squares) * (1.0 if xla else 2.0), scale)
+    squares = tf.stack(squares) * (1.0 if xla else 2.0)
+    return _too_large(squares, _limit(scale) / scale if divided else _limit(scale))
 
 
 def flags_by_shape(grads, scale):
@@ -38,7 +40,7 @@ def flags_by_shape(grads, scale):
     for members in groups:
         rows.append(_rows_of_squares(tf.stack([values[i] for i in members])))
     each = tf.reduce_sum(tf.concat(rows, 0), axis=1)
-    return _too_large(tf.gather(each, order(groups, len(values))), scale)
+    return _too_large(tf.gather(each, order(groups, len(values))), _limit(scale))
 
 
 def _rows_of_squares(stacked):
@@ -75,8 +77,11 @@ def _square_by_product(value):
     return tf.cast(tf.reduce_sum(sums), tf.float32)
 
 
-def _too_large(squares, scale):
-    limit = tf.minimum(LARGEST_NORM * scale, LARGEST_SCALED_NORM)
+def _limit(scale):
+    return tf.minimum(LARGEST_NORM * scale, LARGEST_SCALED_NORM)
+
+
+def _too_large(squares, limit):
     # `is_finite` too: TensorFlow's graph optimizer takes not(a <= b) for a > b, which
     # is false for NaN as well.
     usable = tf.math.is_finite(squares) & (squares <= tf.square(limit))

@@ -91,18 +91,15 @@ class _Kept:
     def __init__(self, values):
         self._values, self._pointers = values, _pointers(values)
 
-    def holds(self, values):
-        """Return whether these are the values that the views are of."""
-        known = self._values
-        return len(known) == len(values) and all(map(operator.is_, known, values))
-
     def is_of(self, values):
         """Return whether these are the values that the views are of, where they were.
 
         `module.to` gives a parameter other memory. The views keep what they are of
         alive, so that nothing else can stand at its address.
         """
-        return self.holds(values) and self._pointers == _pointers(values)
+        known = self._values
+        same = len(known) == len(values) and all(map(operator.is_, known, values))
+        return same and self._pointers == _pointers(values)
 
 
 def _pointers(values):
@@ -154,8 +151,8 @@ class _Backup(_Kept):
 
     @torch.no_grad()
     def restore(self, kept, values):
-        # An assignment may have put another tensor in a variable.
-        there = self if self.holds(values) else _Backup(values)
+        # An assignment may have given a variable other memory.
+        there = self if self.is_of(values) else _Backup(values)
         there._rest.restore(torch.eq(kept, 0), self._saved)
         for room, views in zip(self._rooms, there._rooms, strict=True):
             room.empty(kept, views.of)

@@ -35,5 +35,5 @@ class Update:
     half: Callable
 
     def run(self) -> None:
-        """Unscale and apply: last, so that the quotients need no memory before."""
+        """Unscale and apply."""
         self.apply(self.unscale(self.grads))

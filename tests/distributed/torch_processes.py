@@ -11,11 +11,13 @@
 """
 
 import collections
+import contextlib
 import hashlib
 import os
 import pathlib
 import signal
 import sys
+import time
 
 sys.path.append(str(pathlib.Path(__file__).parents[2] / "examples"))
 
@@ -202,12 +204,20 @@ def curve(inner, **options):
 
 def _threads():
     """The names of this process's threads; "" where the system does not tell."""
-    names = pathlib.Path("/proc/self/task").glob("*/comm")
-    return " ".join(name.read_text().strip() for name in names)
+    found = []
+    for name in pathlib.Path("/proc/self/task").glob("*/comm"):
+        with contextlib.suppress(OSError):  # It ended meanwhile.
+            found.append(name.read_text().strip())
+    return " ".join(found)
 
 
 if __name__ == "__main__":
     start()
     globals()[sys.argv[1]](*sys.argv[2:])
     leave()
+    # One that has ended may still be listed for a moment.
+    for _ in range(100):
+        if "gloo" not in _threads():
+            break
+        time.sleep(0.05)
     assert "gloo" not in _threads(), _threads()
