@@ -12,7 +12,8 @@
 # Without a group: all, the most important first. Results come as JSON lines, printed
 # and appended to OUT (default benchmarks/results). TIMEOUT: seconds per row; TOTAL:
 # seconds in all; JOBS: rows at a time; TOGETHER: not empty, they compile side by side
-# and are timed one after the other (run_matrix.py --together); PYTHON: the interpreter.
+# and are timed one after the other (run_matrix.py --together); BACKENDS: of which alone;
+# PYTHON: the interpreter.
 set -u
 here="$(cd "$(dirname "$0")" && pwd)"
 groups=()
@@ -28,4 +29,5 @@ export PYTHONUNBUFFERED=1 TF_CPP_MIN_LOG_LEVEL=3
 exec timeout -k 10 "$((${TOTAL:-36000} + 20))" \
     "${PYTHON:-python3}" "$here/run_matrix.py" --rows "${groups[@]}" \
     --out "${OUT:-$here/results}" --timeout "${TIMEOUT:-300}" \
-    --total "${TOTAL:-36000}" --jobs "${JOBS:-1}" ${TOGETHER:+--together} "$@"
+    --total "${TOTAL:-36000}" --jobs "${JOBS:-1}" ${TOGETHER:+--together} \
+    ${BACKENDS:+--backends $BACKENDS} "$@"
