@@ -96,3 +96,12 @@ def compiled(model, optimizer="adam", **kwargs):
 def half_classifier(optimizer="adam", dropout=0.1, **kwargs):
     with mp.policy_scope("mixed_float16"):
         return compiled(classifier(dropout), optimizer, **kwargs)
+
+
+def assert_skipped_whole(model, x, y):
+    """Train a `classifier` on a batch that overflows: no bit of its state changes."""
+    before = snapshot(model, model.optimizer)
+    model.train_on_batch(x, y)
+    after = snapshot(model, model.optimizer)
+    # Metrics start anew with each batch.
+    assert_same_bits(before, after, but=(*SCALING, "loss/", "accuracy/"))
