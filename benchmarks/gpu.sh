@@ -5,7 +5,7 @@
 #     benchmarks/gpu.sh tf-xla -- --steps 5 --blocks 3
 #
 #     JOBS=9 TOGETHER=1 TIMEOUT=400 TOTAL=570 benchmarks/gpu.sh scaling
-#     JOBS=4 TOGETHER=1 TIMEOUT=400 TOTAL=570 benchmarks/gpu.sh scaling-resnet
+#     JOBS=2 TOGETHER=1 TIMEOUT=400 TOTAL=570 benchmarks/gpu.sh scaling-resnet
 #
 # Groups: tf-xla tf-noxla jax torch precision resnet dlrm mlp peers optimizer;
 # inspector, and scaling and scaling-resnet, which need two GPUs, have to be asked for.

@@ -46,7 +46,8 @@ def read(folder: pathlib.Path) -> list[dict]:
         for number, line in enumerate(path.read_text().splitlines(), 1):
             if line.strip():
                 row = _parse(line, path, number)
-                rows[_identity(row)] = row
+                # A run that goes past midnight has two dates.
+                rows[_identity(row)] = row | {"run": path.stem}
     return list(rows.values())
 
 
@@ -83,7 +84,7 @@ def page(rows: list[dict]) -> str:
 
 
 def by_place(rows: list[dict], head: str, sections: Callable, remedy: str) -> str:
-    """Return a page with a part for each device and day.
+    """Return a page with a part for each device and run, or day where no run is known.
 
     Args:
         rows: What `read` returned.
@@ -94,7 +95,8 @@ def by_place(rows: list[dict], head: str, sections: Callable, remedy: str) -> st
     parts = [head]
     for place in dict.fromkeys(_place(row) for row in rows):
         here = [row for row in rows if _place(row) == place]
-        parts.append(f"\n## {place}\n")
+        dates = " and ".join(sorted({row["date"] for row in here}))
+        parts.append(f"\n## {here[0]['device']}, {dates}\n")
         versions = {f"{k} {v}" for row in here for k, v in row["versions"].items()}
         parts.append(f"{', '.join(sorted(versions))}.\n")
         parts += sections(here)
@@ -104,7 +106,7 @@ def by_place(rows: list[dict], head: str, sections: Callable, remedy: str) -> st
 
 
 def _place(row):
-    return f"{row['device']}, {row['date']}"
+    return row["device"], row.get("run", row["date"])
 
 
 def _sections(rows):

@@ -14,7 +14,12 @@ all-reduce" is what one more all-reduce, of one scalar, would cost by the latenc
 of [scaling.md](scaling.md), which this library does not make; "seen" is what scaling
 adds to the step on all GPUs less what it adds on one, in microseconds and of the step:
 a difference of four medians, whose blocks stand in brackets. Overflows: one forced on
-each GPU in turn, counted once, with weights and state finite and the same on all.
+each GPU in turn, counted once, with weights and state finite and the same bits on all.
+
+"Deterministic": with `TF_DETERMINISTIC_OPS=1`. Without it TensorFlow adds up the rows
+of an embedding's gradient (`IndexedSlices`) in no fixed order on a GPU
+([TensorFlow 2.8](https://github.com/tensorflow/tensorflow/releases/tag/v2.8.0)), and
+the copies of a table part, which no optimizer can see.
 """
 
 
@@ -69,7 +74,12 @@ def compared(row: dict, rows: list[dict]) -> dict:
 
 def _kind(row):
     keys = ("model", "size", "batch", "backend", "xla", "policy")
-    return tuple(row[key] for key in keys)
+    return *(row[key] for key in keys), row.get("deterministic", False)
+
+
+def _backend(row):
+    fixed = ", deterministic" if row.get("deterministic") else ""
+    return f"{tables.backend(row)}{fixed}"
 
 
 def _model(row):
@@ -96,7 +106,7 @@ def _memory(row):
 _COLUMNS = {
     "model": _model,
     "batch": lambda row: str(row["batch"]),
-    "backend": tables.backend,
+    "backend": _backend,
     "GPUs": lambda row: str(row["devices"]),
     "loss scaling": tables.scaling,
     "ms per step": tables.time,

@@ -8,8 +8,9 @@ process for each device. GPUs where there are any, else logical CPU devices, whi
 share the same cores: good for correctness, not for speed. The batch is per device, so
 that ideal scaling keeps the step time. Each number of devices and each way to scale
 the loss has processes of its own, which see only as many GPUs. With `--check` an
-overflow is then forced on each device in turn: one decision, finite weights, or the
-row says so.
+overflow is then forced on each device in turn: one decision, finite weights, the same
+bits on all, or the row says what else. `--deterministic` has TensorFlow add up an
+embedding's rows in one order, which it does not do on a GPU otherwise.
 
 TensorFlow runs without XLA on any number of devices, one included: it compiles for
 one device alone, and like is to be compared with like. JAX always compiles, torch
@@ -55,6 +56,7 @@ def launch(devices: int, scaling: str, options: argparse.Namespace) -> dict:
         RuntimeError: If a process fails, with what it said, or time is up.
     """
     keys = ("model", "size", "batch", "steps", "blocks", "wait_for_turn")
+    keys += ("deterministic",)
     job = {"devices": devices, "scaling": scaling}
     job |= {key: getattr(options, key) for key in keys}
     job["check"] = options.check and scaling == "mp"
@@ -62,6 +64,8 @@ def launch(devices: int, scaling: str, options: argparse.Namespace) -> dict:
     command = [sys.executable, "-W", "ignore", __file__, "--worker", json.dumps(job)]
     port = _free_port()
     environments = [_environment(rank, many, port, devices) for rank in range(many)]
+    if options.deterministic:
+        environments = [e | {"TF_DETERMINISTIC_OPS": "1"} for e in environments]
     said = scaling_job.run(command, environments, options.timeout, wait_for_turn)
     lines = [line for line in said if line.startswith("{")]
     if not lines:
@@ -162,6 +166,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=20, help="steps in a block")
     parser.add_argument("--blocks", type=int, default=5)
     parser.add_argument("--check", action="store_true", help="force overflows too")
+    parser.add_argument(
+        "--deterministic", action="store_true", help="TensorFlow's ops that are so"
+    )
     parser.add_argument("--timeout", type=float, default=600, help="seconds per row")
     add_turn(parser)
     parser.add_argument("--out", help="append the rows to this .jsonl file")

@@ -94,6 +94,7 @@ def _described(job, workload):
         "xla": keras.backend.backend() == "jax",
         "batch": workload.batch,
         "devices": job["devices"],
+        "deterministic": job["deterministic"],
         "together": job["wait_for_turn"],
     }
 
@@ -155,16 +156,22 @@ def _check(replicas, model, workload, job):
             found.append(f"no: counted {counted} times with one on device {bad}")
         # All look at all variables, whatever they find: others wait for them in it.
         owned = [*model.trainable_variables, *model.optimizer.variables]
+        wrong = [(v.path, _wrong(replicas.copies(v))) for v in owned]
         found += [
-            f"no: {v.path} with the overflow on device {bad}"
-            for v in owned
-            if not _same_and_finite(replicas.copies(v))
+            f"no: {path} {what} with the overflow on device {bad}"
+            for path, what in wrong
+            if what
         ]
     # An engine's processes may see different things; one that fails speaks for all.
     return (replicas.over_processes(found) or ["yes"])[0]
 
 
-def _same_and_finite(copies):
+def _wrong(copies):
+    """Return what is wrong with the devices' copies of a variable; empty if nothing."""
     first, *others = [np.asarray(c) for c in copies]
-    same = all(c.tobytes() == first.tobytes() for c in others)
-    return same and bool(np.isfinite(first).all())
+    if not all(np.isfinite(c).all() for c in (first, *others)):
+        return "is not finite"
+    if all(c.tobytes() == first.tobytes() for c in others):
+        return ""
+    first = first.astype("float64")
+    return f"differs by {max(np.abs(c - first).max() for c in others):.2g}"

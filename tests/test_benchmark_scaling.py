@@ -103,7 +103,9 @@ def test_the_presets_measure_every_engine_model_and_way_on_one_and_two(monkeypat
             chosen = scaling.parse([*arguments, "--wait-for-turn"])
             assert (script, chosen.size, chosen.check) == ("scaling.py", "full", True)
             (devices,), (way,) = chosen.devices, chosen.scaling
-            found.append((backend, chosen.model, way, devices))
+            found.append((backend, chosen.model, way, devices, chosen.deterministic))
+    # And once more where TensorFlow adds in one order.
+    found.remove(("tensorflow", "bert", "mp", 2, True))
     assert len(found) == len({*found}) == 3 * 2 * 3 * 2
     # A lease may end before the last: ours and none of each engine on BERT first.
     assert {row[1:3] for row in found[:12]} == {("bert", "mp"), ("bert", "none")}
@@ -209,6 +211,47 @@ def test_the_table_of_several_gpus(monkeypatch):
         ["2", ours, "50.00 (50.00 to 50.00)", "", "", "4.5 us (0.01%)", "", memory]
         + ["yes"],
     ]
+
+
+def test_a_run_past_midnight_is_one_and_another_order_is_compared_apart(
+    monkeypatch, tmp_path
+):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import report_benchmarks
+
+    tensorflow = {"backend": "tensorflow", "xla": False}
+    rows = [measured("mp", 1, 10.0, **tensorflow)]
+    rows += [measured("mp", 2, 20.0, date="2026-01-02", **tensorflow)]
+    rows += [measured("mp", 2, 50.0, deterministic=True, **tensorflow)]
+    (tmp_path / "night.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    page = report_benchmarks.page(report_benchmarks.read(tmp_path))
+    assert page.count("\n## ") == 1
+    assert "## GPU, 2026-01-01 and 2026-01-02\n" in page
+    lines = [line for line in page.splitlines() if line.startswith("| BERT-base")]
+    cells = [[cell.strip() for cell in line.split("|")] for line in lines]
+    plain, deterministic = "tensorflow, no XLA", "tensorflow, no XLA, deterministic"
+    assert [c[3] for c in cells] == [plain, plain, deterministic]
+    # Efficiency: of 10 ms on one GPU.
+    assert [c[7] for c in cells] == ["", "50.0%", ""]
+
+
+@pytest.mark.parametrize(
+    "copies, wrong",
+    [
+        ([[1.0, -0.0], [1.0, -0.0]], ""),
+        ([[1.0, 2.0], [1.0, 2.5]], "differs by 0.5"),
+        ([[1.0, 2.0], [1.0, float("nan")]], "is not finite"),
+        # The same bits on all, and still wrong.
+        ([[float("inf")], [float("inf")]], "is not finite"),
+        ([[0.0], [-0.0]], "differs by 0"),
+        ([[1.0]], ""),
+    ],
+)
+def test_what_is_wrong_with_copies_is_said(monkeypatch, copies, wrong):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import scaling_worker
+
+    assert scaling_worker._wrong(copies) == wrong
 
 
 def test_a_later_run_on_as_many_gpus_replaces_the_earlier(monkeypatch, tmp_path):
