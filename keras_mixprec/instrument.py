@@ -120,6 +120,9 @@ class Instrument:
 
     def _tap_outputs(self, layer, call, args, kwargs):
         outputs = call(*args, **kwargs)
+        if hasattr(outputs, "dtype"):
+            # One tensor, mostly, and an eager step comes here for every layer.
+            return self._probes.tap(layer, outputs)
         return keras.tree.map_structure(lambda x: self._probes.tap(layer, x), outputs)
 
     # -- the optimizer ------------------------------------------------------------

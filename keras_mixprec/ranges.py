@@ -18,9 +18,10 @@ from keras_mixprec.bit_patterns import pattern_of
 from keras_mixprec.bit_patterns import value_of
 
 LARGEST = 65504.0
-# Parts of a tensor that are measured apart: enough to keep a GPU busy, and no more
-# columns in one than XLA's GPU compiler reduces in a single pass.
-ROWS = 512
+# Parts of a tensor that are measured apart: two for each multiprocessor of a large GPU,
+# since what the threads of one found is added up at a cost; and no more columns in one
+# than XLA's GPU compiler reduces in a single pass.
+ROWS = 256
 _COLUMNS = 2**14
 # What `measure` returns, in this order.
 FIELDS = (
@@ -167,35 +168,66 @@ def measure_each(stacked: Any) -> Any:
 def _statistics(xp, x, axis):
     """Return one tensor per field; `xp` is NumPy or `keras.ops`.
 
-    On bit patterns as integers, which are ordered as the magnitudes are: one comparison
-    for each limit, and no denormal is flushed to 0.
+    On bit patterns as integers, which are ordered as the magnitudes are: of those no
+    denormal is flushed to 0. As a float32 no float16 is a denormal; so those are
+    counted by floats, which a GPU adds on other units than it compares on.
     """
     dtype = keras.backend.standardize_dtype(x.dtype)
-    if not has_pattern(dtype):
-        x, dtype = x.astype("float32") if xp is np else xp.cast(x, "float32"), "float32"
-    bits = pattern_of(xp, x, dtype)
-    limits = bit_limits(dtype)
-    # For float16 two of the limits are equal to another one: a count less each.
-    below = {n: xp.sum(xp.where(bits < n, 1, 0), axis=axis) for n in set(limits)}
-    zero, to_zero, subnormal, normal, finite = (below[n] for n in limits)
-    infinity = limits[-1]
-    largest = xp.max(xp.where(bits < infinity, bits, 0), axis=axis)
-    smallest = xp.min(xp.where(bits > 0, bits, infinity), axis=axis)
+    kind = dtype if has_pattern(dtype) else "float32"
+    wide = "bfloat16" if kind == "bfloat16" else "float32"
+    x = x.astype(wide) if xp is np else xp.cast(x, wide)
+    bits, limits = pattern_of(xp, x, wide), bit_limits(kind)
+    ordered, one, zero = bits, np.int32(1), np.int32(0)
+    if kind == "float16":
+        ordered, one, zero = xp.abs(x), np.float32(1), np.float32(0)
+        limits = np.array(limits, "int16").view("float16").astype("float32").tolist()
+    above_0, above_zero, normal, beyond, infinity = limits
+
+    def count(limit, below, others):
+        return xp.sum(xp.where(ordered < limit, below, others), axis=axis)
+
+    # For float16 two of the limits are equal to another one: a count less each. From
+    # above where next to none is: float sums of very many ones are not exact.
+    below = {n: count(n, one, zero) for n in {above_0, above_zero, normal}}
+    above = {n: count(n, zero, one) for n in {beyond, infinity}}
     # A size that TensorFlow knows only when it runs is a tensor.
     sizes = x.shape if None not in x.shape else ops.shape(x)
     values = math.prod(sizes[i] for i in axis)
-    values = xp.zeros_like(zero) + values
     found = [
-        values,
-        values - finite,
-        finite - normal,
-        subnormal - to_zero,
-        to_zero - zero,
-        zero,
+        xp.zeros_like(below[above_0], "int32") + values,
+        above[infinity],
+        above[beyond] - above[infinity],
+        below[normal] - below[above_zero],
+        below[above_zero] - below[above_0],
+        below[above_0],
     ]
     found = [f.astype("float32") if xp is np else ops.cast(f, "float32") for f in found]
-    smallest = xp.minimum(smallest, infinity)
-    return [*found, *(value_of(xp, bits, dtype) for bits in (largest, smallest))]
+    extremes = _extremes(xp, bits, bit_limits(wide)[-1], axis)
+    return [*found, *(value_of(xp, bits, wide) for bits in extremes)]
+
+
+def _extremes(xp, bits, infinity, axis):
+    """Return the largest pattern that is finite, the smallest that is not 0.
+
+    0 where none is finite, that of infinity where all are 0. What is not asked for is
+    moved to the other end of the integers by an addition, which a GPU does in the same
+    instruction as the comparison.
+    """
+    sign = np.int32(-(2**31))
+
+    def moved(bits, by):
+        return xp.bitwise_xor(bits - by, sign)
+
+    largest = xp.maximum(
+        xp.max(moved(bits, infinity), axis=axis), moved(np.int32(0), infinity)
+    )
+    smallest = xp.minimum(
+        xp.min(moved(bits, 1), axis=axis), moved(np.int32(infinity), 1)
+    )
+    return (
+        xp.bitwise_xor(largest, sign) + infinity,
+        xp.bitwise_xor(smallest, sign) + 1,
+    )
 
 
 def _nothing(xp, shape):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 
 import keras
@@ -71,8 +72,13 @@ def runs_sublayers_in_python(layer: keras.Layer) -> bool:
 
 def is_float(tensor) -> bool:
     """Return whether a tensor of any backend, or a symbolic one, is floating point."""
-    dtype = keras.backend.standardize_dtype(tensor.dtype)
-    return keras.backend.is_float_dtype(dtype)
+    return _is_float_dtype(tensor.dtype)
+
+
+@functools.cache
+def _is_float_dtype(dtype):
+    # An eager step asks this of everything that a layer puts out.
+    return keras.backend.is_float_dtype(keras.backend.standardize_dtype(dtype))
 
 
 def output_layers(graph: keras.Function, moves_values) -> list[keras.Layer]:

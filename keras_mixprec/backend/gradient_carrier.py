@@ -18,6 +18,9 @@ from keras_mixprec.ranges import total
 
 # Of weights smaller than this, those of one shape are measured together.
 _SMALL = 2**14
+# Larger ones whose statistics are added up together: XLA's GPU compiler gives up on a
+# kernel of very many operands, and makes one for each of them instead.
+_JOINED = 8
 
 
 class GradientCarrier:
@@ -83,7 +86,8 @@ class GradientCarrier:
             else:
                 kind = None if g is None else (tuple(g.shape), g.dtype)
                 groups.setdefault(kind, []).append(i)
-        rows += _totals([self._partial(grads[i]) for i in large])
+        for i in range(0, len(large), _JOINED):
+            rows += _totals([self._partial(grads[i]) for i in large[i : i + _JOINED]])
         order += large
         for kind, members in groups.items():
             order += members

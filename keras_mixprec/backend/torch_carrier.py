@@ -15,10 +15,13 @@ from keras_mixprec.bit_patterns import bit_limits
 from keras_mixprec.ranges import FIELDS
 
 _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-# Values in a row; rows are measured in one call, then added up by tensor.
-_COLUMNS = 1024
-# Bytes that wait before they are measured. Meanwhile they take about four times that.
-_WAITING = 2**28
+# Values in a row; rows are measured, then added up by tensor. Of short rows there are
+# many, which a GPU adds to the same few numbers one after the other; of long ones more
+# is filler, which keeps a CPU busy.
+_COLUMNS = {"cuda": 2**14, "cpu": 2**10}
+# Bytes that wait before their rows are measured. Meanwhile they take about twice that,
+# and four times where nothing compiles.
+_WAITING = 2**29
 # Kept at most: with batches of ever new shapes there would be no end.
 _LAYOUTS = 256
 
@@ -43,7 +46,7 @@ class PendingCarrier:
     def start(self):
         """Begin a step."""
         self._waiting: dict = {}
-        self._found: list = []
+        self._measured: dict = {}
 
     def tap(self, layer: int, call: int, x):
         """Return `x`, which is measured."""
@@ -51,7 +54,7 @@ class PendingCarrier:
         # A copy: code may go on to write into it (`x += y`).
         self._take(row, x.detach().clone())
         if x.requires_grad:
-            x.register_hook(lambda gradient: self._take(row + 1, gradient))
+            x.register_hook(functools.partial(self._take, row + 1))
         return x
 
     @torch.no_grad()
@@ -68,13 +71,14 @@ class PendingCarrier:
         for i, gradient in enumerate(weights):
             if gradient is not None:
                 self._take(self._taps + i, gradient)
-        for dtype in list(self._waiting):
-            self._measure(dtype)
-        places = [i for members, _ in self._found for i in members]
-        if not places:
-            return torch.zeros(self._taps + len(weights), len(FIELDS))
-        found = torch.cat([rows for _, rows in self._found])
-        rows = found.new_zeros(self._taps + len(weights), len(FIELDS))
+        for kind in list(self._waiting):
+            self._measure(kind)
+        total = self._taps + len(weights)
+        if not self._measured:
+            return torch.zeros(total, len(FIELDS))
+        places = [i for m in self._measured.values() for i in m.rows]
+        found = torch.cat([self._totals(*item) for item in self._measured.items()])
+        rows = found.new_zeros(total, len(FIELDS))
         rows[self._kept(("rows", *places), lambda: places, found.device)] = found
         self.start()
         return rows
@@ -82,27 +86,41 @@ class PendingCarrier:
     def _take(self, row, x):
         if x.element_size() not in _INTEGER:
             x = x.float()
-        waiting = self._waiting.setdefault((x.dtype, x.device), _Waiting([], [], 0))
+        kind = x.dtype, x.device
+        waiting = self._waiting.get(kind)
+        if waiting is None:
+            waiting = self._waiting[kind] = _Waiting([], [], 0)
         waiting.rows.append(row)
         waiting.tensors.append(x)
         waiting.bytes += x.nbytes
         if waiting.bytes >= _WAITING:
-            self._measure((x.dtype, x.device))
+            self._measure(kind)
 
     @torch.no_grad()
     def _measure(self, kind):
         waiting, (dtype, device) = self._waiting.pop(kind), kind
-        sizes = [x.numel() for x in waiting.tensors]
-        layout = self._kept(("layout", *sizes), lambda: _layout(sizes), device)
-        values = self._kept(("values", *sizes), lambda: sizes, device)
-        filler = torch.full((_COLUMNS,), torch.nan, dtype=dtype, device=device)
+        measured = self._measured.setdefault(kind, _Measured([], [], []))
+        columns = _columns(device)
+        filler = torch.full((columns,), torch.nan, dtype=dtype, device=device)
         pieces = []
-        for x, size in zip(waiting.tensors, sizes, strict=True):
+        for x in waiting.tensors:
+            size = x.numel()
+            measured.sizes.append(size)
             pieces.append(x.reshape(-1))
-            if size % _COLUMNS:
-                pieces.append(filler[: -size % _COLUMNS])
-        rows = torch.cat(pieces).reshape(-1, _COLUMNS)
-        self._found.append((waiting.rows, _statistics(rows, layout, values)))
+            if size % columns:
+                pieces.append(filler[: -size % columns])
+        rows = torch.cat(pieces).reshape(-1, columns)
+        measured.rows += waiting.rows
+        measured.parts.append(_measuring(dtype, device)(rows))
+
+    def _totals(self, kind, measured):
+        """Return float32 of shape `(tensors, len(FIELDS))`, of all of one dtype."""
+        (dtype, device), sizes = kind, measured.sizes
+        columns = _columns(device)
+        layout = self._kept(("layout", *sizes), lambda: _layout(sizes, columns), device)
+        values = self._kept(("values", *sizes), lambda: sizes, device)
+        parts = [torch.cat(p) for p in zip(*measured.parts, strict=True)]
+        return _totals(dtype, *parts, layout, values)
 
     def _kept(self, key, make, device):
         # Every step has the same shapes: their layout goes to the device once.
@@ -122,29 +140,34 @@ class _Waiting:
     bytes: int
 
 
-def _layout(sizes):
+@dataclasses.dataclass
+class _Measured:
+    rows: list
+    sizes: list
+    parts: list
+
+
+def _columns(device):
+    return _COLUMNS.get(device.type, _COLUMNS["cuda"])
+
+
+def _layout(sizes, columns):
     """Return, for each row, the number of the tensor that it belongs to."""
-    return [i for i, size in enumerate(sizes) for _ in range(-(-size // _COLUMNS))]
+    return [i for i, size in enumerate(sizes) for _ in range(-(-size // columns))]
 
 
-def _statistics(rows, layout, values):
-    """Return float32 of shape `(tensors, len(FIELDS))`; NaN beyond `values` fills rows.
-
-    On the bit patterns: those of magnitudes are ordered as the magnitudes are, and half
-    precision takes half the memory of a float32 copy.
-    """
-    name = str(rows.dtype).removeprefix("torch.")
-    limits = bit_limits(name)
-    below, largest, smallest = _measuring(name, rows.device)(rows)
+def _totals(dtype, below, largest, smallest, layout, values):
+    """Add up by tensor what `_measuring_rows` found; NaN beyond `values` fills rows."""
+    limits = bit_limits(_name(dtype))
     count = values.new_zeros(len(values), below.shape[1])
-    count.index_add_(0, layout, below)
+    count.index_add_(0, layout, below.long())
     columns = dict(zip(dict.fromkeys(limits), count.unbind(1), strict=True))
     zero, to_zero, subnormal, normal, finite = (columns[n] for n in limits)
 
     def magnitude(found, start, reduce):
         whole = values.new_full((len(values),), start)
         whole.scatter_reduce_(0, layout, found.long(), reduce)
-        return whole.to(largest.dtype).view(rows.dtype).float()
+        return whole.to(largest.dtype).view(dtype).float()
 
     fields = {
         "values": values,
@@ -162,20 +185,30 @@ def _statistics(rows, layout, values):
 def _measuring_rows(dtype):
     """Return a function of rows of a dtype: counts below its limits, largest, smallest.
 
-    Counts are int64 of shape `(rows, limits that differ)`; the largest and smallest
-    are bit patterns, the smallest that of inf where there is none.
+    On the bit patterns: those of magnitudes are ordered as the magnitudes are, and half
+    precision takes half the memory of a float32 copy. Counts are int32 of shape
+    `(rows, limits that differ)`; the largest and smallest are bit patterns, the
+    smallest that of inf where there is none.
     """
-    limits, infinity = tuple(dict.fromkeys(bit_limits(dtype))), bit_limits(dtype)[-1]
+    limits, kind = bit_limits(_name(dtype)), _INTEGER[dtype.itemsize]
+    different, mask, infinity = (
+        tuple(dict.fromkeys(limits)),
+        torch.iinfo(kind).max,
+        limits[-1],
+    )
 
     def measure(rows):
-        kind = _INTEGER[rows.element_size()]
-        bits = rows.view(kind) & torch.iinfo(kind).max
-        below = torch.stack([(bits < n).sum(1) for n in limits], 1)
+        bits = rows.view(kind) & mask
+        below = [(bits < n).sum(1, dtype=torch.int32) for n in different]
         largest = bits.where(bits < infinity, 0).amax(1)
         smallest = bits.where(bits > 0, infinity).amin(1).clamp(max=infinity)
-        return below, largest, smallest
+        return torch.stack(below, 1), largest, smallest
 
     return measure
+
+
+def _name(dtype):
+    return str(dtype).removeprefix("torch.")
 
 
 @functools.lru_cache
@@ -186,12 +219,14 @@ def _measuring(dtype, device):
     Triton and a C compiler, which not every machine with a GPU has.
     """
     measure = _measuring_rows(dtype)
-    if device.type != "cuda":
-        return measure
+    return _compiled(measure, dtype, device) if device.type == "cuda" else measure
+
+
+def _compiled(measure, dtype, device):
     compiled = torch.compile(measure)
-    rows = torch.linspace(-1, 1, 4 * _COLUMNS, device=device).to(getattr(torch, dtype))
-    rows = rows.reshape(4, -1)
-    # One kernel for any number of rows.
+    rows = torch.linspace(-1, 1, 4 * _columns(device), device=device)
+    rows = rows.to(dtype).reshape(4, -1)
+    # One program for any number of rows, but for a single one.
     torch._dynamo.mark_dynamic(rows, 0)
     try:
         agree = all(map(torch.equal, compiled(rows), measure(rows)))
@@ -204,4 +239,6 @@ def _measuring(dtype, device):
             str(error).partition("\n")[0],
         )
         return measure
-    return compiled if agree else measure
+    if not agree:
+        return measure
+    return lambda rows: (compiled if len(rows) > 1 else measure)(rows)
