@@ -20,8 +20,10 @@ class LossScaleRule:
             Defaults to `2000`.
         growth_factor: Float >= 1. Defaults to `2.0`.
         backoff_factor: Float in (0, 1]. Defaults to `0.5`.
-        min_scale: Float > 0, the scale never falls below. Defaults to `2.0**-14`.
-        max_scale: Float, the scale never grows above. Defaults to `2.0**24`.
+        min_scale: Float of at least `2.0**-126`, the scale never falls below. Defaults
+            to `2.0**-14`.
+        max_scale: Float of at most `2.0**126`, the scale never grows above. Defaults
+            to `2.0**24`.
         hysteresis: Int >= 1, overflows to tolerate before the scale backs off:
             the `hysteresis`-th overflow is the first that lowers it.
             Defaults to `1`.
@@ -48,9 +50,9 @@ class LossScaleRule:
                 # 2e3 is a number of steps too, but TensorFlow adds no float to it.
                 object.__setattr__(self, field.name, int(getattr(self, field.name)))
         _require(
-            0 < self.min_scale <= self.max_scale < 2.0**128,
-            "`min_scale` must be positive and at most `max_scale`, "
-            "and `max_scale` must be a finite float32",
+            2.0**-126 <= self.min_scale <= self.max_scale <= 2.0**126,
+            "`min_scale` must be at most `max_scale`, and both must lie in "
+            "[2**-126, 2**126], where a float32 and its reciprocal are exact",
             f"min_scale={self.min_scale}, max_scale={self.max_scale}",
             "Swap the two, or leave out the one you do not need.",
         )

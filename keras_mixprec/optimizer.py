@@ -60,8 +60,8 @@ class LossScaleOptimizer(
         growth_factor: Float >= 1, what the scale grows by. Defaults to `2.0`.
         backoff_factor: Float in (0, 1], what an overflow multiplies the scale by.
             Defaults to `0.5`.
-        min_scale: Float > 0, below 1 allowed. Defaults to `2.0**-14`.
-        max_scale: Float. Defaults to `2.0**24`.
+        min_scale: Float of at least `2.0**-126`. Defaults to `2.0**-14`.
+        max_scale: Float of at most `2.0**126`. Defaults to `2.0**24`.
         hysteresis: Int >= 1, the overflow that first lowers the scale, as DeepSpeed
             has it. Defaults to `1`.
         consecutive_hysteresis: Bool, refill the hysteresis at every finite step

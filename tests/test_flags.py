@@ -151,3 +151,26 @@ if BACKEND == "tensorflow":
         )
         bad = tf.constant([[1.0, 2.0, np.nan]])
         assert flags_of(tf.ones((5, 3)), bad).numpy().tolist() == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("scale", "size", "dtype"),
+    [
+        (2.0**-126, 2.0**-120, "float32"),
+        (2.0**-14, 1.0, "float32"),
+        (2.0**15, 2.0**-10, "float16"),
+        (2.0**15, 2.0**-10, "float64"),
+        (2.0**126, 2.0**100, "float32"),
+    ],
+)
+def test_gradients_are_divided_exactly_by_powers_of_two(scale, size, dtype):
+    if BACKEND == "jax" and dtype == "float64":
+        pytest.skip("JAX has no float64 unless asked for")
+    gradient = (np.array([1.0, -1.5, 1.0 + 2.0**-10, 0.0]) * size).astype(dtype)
+    (found,) = engine.unscale(
+        [ops.convert_to_tensor(gradient)], ops.convert_to_tensor(scale, "float32")
+    )
+    found = ops.convert_to_numpy(found)
+    assert found.dtype == ("float64" if dtype == "float64" else "float32")
+    expected = np.array([1.0, -1.5, 1.0 + 2.0**-10, 0.0]) * size / scale
+    np.testing.assert_array_equal(found, expected)

@@ -123,6 +123,8 @@ def test_factors_of_one_are_a_fixed_scale():
     [
         ("min_scale", 0.0),
         ("min_scale", 2.0**25),
+        ("min_scale", 2.0**-127),
+        ("max_scale", 2.0**127),
         ("max_scale", float("inf")),
         ("initial_scale", 2.0**25),
         ("initial_scale", float("nan")),

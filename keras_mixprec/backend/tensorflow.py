@@ -18,17 +18,18 @@ from keras_mixprec.backend.tensorflow_xla import is_compiling
 
 
 def unscale(grads, scale):
-    return [_unscale_one(g, scale) for g in grads]
+    # A product instead of a quotient for each value: the same for powers of two.
+    kinds = [tf.float64 if g.dtype == tf.float64 else tf.float32 for g in grads]
+    by = {kind: tf.math.reciprocal(tf.cast(scale, kind)) for kind in kinds}
+    return [_multiplied(g, by[kind]) for g, kind in zip(grads, kinds, strict=True)]
 
 
-def _unscale_one(grad, scale):
+def _multiplied(grad, by):
     if isinstance(grad, tf.IndexedSlices):
         # The values alone: dense, an embedding's gradient is as large as its table.
-        return tf.IndexedSlices(
-            _unscale_one(grad.values, scale), grad.indices, grad.dense_shape
-        )
-    dtype = tf.float64 if grad.dtype == tf.float64 else tf.float32
-    return tf.cast(grad, dtype) / tf.cast(scale, dtype)
+        values = _multiplied(grad.values, by)
+        return tf.IndexedSlices(values, grad.indices, grad.dense_shape)
+    return tf.cast(grad, by.dtype) * by
 
 
 def assign(variables, values):
