@@ -9,22 +9,27 @@ _HEAD = """
 `benchmarks/scaling.py`: TensorFlow's `MirroredStrategy` without XLA on any number of
 GPUs, one included, since it compiles for one alone; JAX's `DataParallel`; torch's
 DistributedDataParallel, eager. mixed_float16, the batch per GPU kept. TensorFlow's
-batches come from the host. Efficiency: the step on one GPU over the step on all. "Own
-all-reduce" is what one more all-reduce, of one scalar, would cost by the latency model
-of [scaling.md](scaling.md), which this library does not make; "seen" is what scaling
-adds to the step on all GPUs less what it adds on one, in microseconds and of the step:
-a difference of four medians, whose blocks stand in brackets. Overflows: one forced on
-each GPU in turn, counted once, with weights and state finite and the same bits on all.
+batches come from the host. Efficiency: the step on one GPU over the step on all.
+Overflows: one forced on each GPU in turn, counted once, with weights and state finite
+and the same bits on all.
 
 "Deterministic": with `TF_DETERMINISTIC_OPS=1`. Without it TensorFlow adds up the rows
 of an embedding's gradient (`IndexedSlices`) in no fixed order on a GPU
 ([TensorFlow 2.8](https://github.com/tensorflow/tensorflow/releases/tag/v2.8.0)), and
 the copies of a table part, which no optimizer can see.
 """
+_MODEL_HEAD = """
+### Several GPUs: what agreeing costs, predicted and seen
+
+"Own all-reduce" is what one more all-reduce, of one scalar, would cost by the latency
+model of [scaling.md](scaling.md), which this library does not make. "Seen" is what loss
+scaling adds to the step on all GPUs less what it adds on one, also of the step: a
+difference of four medians, whose blocks stand in brackets above.
+"""
 
 
 def sections(rows: list[dict]) -> list[str]:
-    """Return the table of one device and day, in a list; empty without rows.
+    """Return the tables of one device and run, in a list; empty without rows.
 
     Args:
         rows: Those of `scaling.py`, with `benchmark` "scaling".
@@ -36,7 +41,10 @@ def sections(rows: list[dict]) -> list[str]:
     order = sorted(
         rows, key=lambda r: (_kind(r), r["devices"], ways.index(r["scaling"]))
     )
-    return [_HEAD, tables.table([row | compared(row, rows) for row in order], _COLUMNS)]
+    order = [row | compared(row, rows) for row in order]
+    found = [_HEAD, tables.table(order, _COLUMNS)]
+    agreed = [row for row in order if "seen_us" in row]
+    return found + ([_MODEL_HEAD, tables.table(agreed, _AGREED)] if agreed else [])
 
 
 def compared(row: dict, rows: list[dict]) -> dict:
@@ -84,7 +92,7 @@ def _backend(row):
 
 def _model(row):
     small = "" if row["size"] == "full" else ", small stand-in"
-    return f"{tables.MODELS.get(row['model'], row['model'])}{small}"
+    return f"{tables.MODELS.get(row['model'], row['model'])}{small}, {row['batch']}"
 
 
 def _percentage(row, field):
@@ -103,17 +111,20 @@ def _memory(row):
     return ", ".join(f"{peak:.0f}" for peak in row["peak_memory_mb_each"]) + of
 
 
-_COLUMNS = {
-    "model": _model,
-    "batch": lambda row: str(row["batch"]),
+_FIRST = {
+    "model, batch": _model,
     "backend": _backend,
     "GPUs": lambda row: str(row["devices"]),
     "loss scaling": tables.scaling,
+}
+_COLUMNS = _FIRST | {
     "ms per step": tables.time,
     "efficiency": lambda row: _percentage(row, "efficiency"),
     "against none": lambda row: tables.percent(row, "against_none"),
-    "own all-reduce": lambda row: _added(row, "predicted", 1),
-    "seen": lambda row: _added(row, "seen", 0, "+"),
     "peak memory of each, MiB": _memory,
     "overflows survived": lambda row: row["overflows_survived"] or "",
+}
+_AGREED = _FIRST | {
+    "own all-reduce": lambda row: _added(row, "predicted", 1),
+    "seen": lambda row: _added(row, "seen", 0, "+"),
 }
