@@ -13,7 +13,8 @@
 # and appended to OUT (default benchmarks/results). TIMEOUT: seconds per row; TOTAL:
 # seconds in all; JOBS: rows at a time; TOGETHER: not empty, they compile side by side
 # and are timed one after the other (run_matrix.py --together); BACKENDS: of which alone;
-# PYTHON: the interpreter.
+# PYTHON: the interpreter; RUN: the day on which a run began that goes past midnight, so
+# that its rows are compared.
 set -u
 here="$(cd "$(dirname "$0")" && pwd)"
 groups=()

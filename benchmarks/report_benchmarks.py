@@ -46,8 +46,7 @@ def read(folder: pathlib.Path) -> list[dict]:
         for number, line in enumerate(path.read_text().splitlines(), 1):
             if line.strip():
                 row = _parse(line, path, number)
-                # A run that goes past midnight has two dates.
-                rows[_identity(row)] = row | {"run": path.stem}
+                rows[_identity(row)] = row
     return list(rows.values())
 
 
@@ -63,7 +62,7 @@ def _parse(line, path, number):
 
 def _identity(row):
     """What a row measured, without what it saw and when: a later run replaces it."""
-    seen = ("versions", "date", "compile_s", "samples_per_s", "peak_memory_mb")
+    seen = ("versions", "date", "run", "compile_s", "samples_per_s", "peak_memory_mb")
     seen += ("accuracy", "changes", "seconds", "together")
     seen += ("peak_memory_mb_each", "overflows_survived", "efficiency")
     names = [k for k in sorted(row) if k not in seen and not _is_figure(k)]
@@ -84,7 +83,7 @@ def page(rows: list[dict]) -> str:
 
 
 def by_place(rows: list[dict], head: str, sections: Callable, remedy: str) -> str:
-    """Return a page with a part for each device and run, or day where no run is known.
+    """Return a page with a part for each device and run, or day without one.
 
     Args:
         rows: What `read` returned.
@@ -106,7 +105,8 @@ def by_place(rows: list[dict], head: str, sections: Callable, remedy: str) -> st
 
 
 def _place(row):
-    return row["device"], row.get("run", row["date"])
+    # A run that goes past midnight has two dates, and a name that is the first.
+    return row["device"], row.get("run") or row["date"]
 
 
 def _sections(rows):

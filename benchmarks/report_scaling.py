@@ -15,8 +15,8 @@ and the same bits on all.
 
 "Deterministic": with `TF_DETERMINISTIC_OPS=1`. Without it TensorFlow adds up the rows
 of an embedding's gradient (`IndexedSlices`) in no fixed order on a GPU
-([TensorFlow 2.8](https://github.com/tensorflow/tensorflow/releases/tag/v2.8.0)), and
-the copies of a table part, which no optimizer can see.
+([TensorFlow 2.8](https://github.com/tensorflow/tensorflow/releases/tag/v2.8.0)), so
+that the copies of a table may part. That row ran few steps and has no time.
 """
 _MODEL_HEAD = """
 ### Several GPUs: what agreeing costs, predicted and seen
@@ -95,6 +95,15 @@ def _model(row):
     return f"{tables.MODELS.get(row['model'], row['model'])}{small}, {row['batch']}"
 
 
+def _time(row):
+    # Of fewer blocks a median says nothing.
+    return tables.time(row) if row["blocks"] > 2 else ""
+
+
+def _measured(row):
+    return f"{row['blocks']} x {row['steps_per_block']}, {row['date']}"
+
+
 def _percentage(row, field):
     return f"{100 * row[field]:.1f}%" if field in row else ""
 
@@ -118,10 +127,11 @@ _FIRST = {
     "loss scaling": tables.scaling,
 }
 _COLUMNS = _FIRST | {
-    "ms per step": tables.time,
+    "ms per step": _time,
     "efficiency": lambda row: _percentage(row, "efficiency"),
     "against none": lambda row: tables.percent(row, "against_none"),
     "peak memory of each, MiB": _memory,
+    "blocks x steps, day": _measured,
     "overflows survived": lambda row: row["overflows_survived"] or "",
 }
 _AGREED = _FIRST | {

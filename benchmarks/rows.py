@@ -11,7 +11,9 @@ import sys
 
 
 def place(device: str | None, versions: dict[str, str | None]) -> dict:
-    """Return the device, the versions and the date of a row.
+    """Return the device, the versions, the date and the run of a row.
+
+    The run is what the environment variable `RUN` says, `None` without it.
 
     Args:
         device: The accelerator's name, `None` for the CPU.
@@ -22,6 +24,7 @@ def place(device: str | None, versions: dict[str, str | None]) -> dict:
         "device": device or cpu_name(),
         "versions": {name: v for name, v in versions.items() if v},
         "date": datetime.date.today().isoformat(),
+        "run": os.environ.get("RUN"),
     }
 
 

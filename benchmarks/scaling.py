@@ -56,7 +56,6 @@ def launch(devices: int, scaling: str, options: argparse.Namespace) -> dict:
         RuntimeError: If a process fails, with what it said, or time is up.
     """
     keys = ("model", "size", "batch", "steps", "blocks", "wait_for_turn")
-    keys += ("deterministic",)
     job = {"devices": devices, "scaling": scaling}
     job |= {key: getattr(options, key) for key in keys}
     job["check"] = options.check and scaling == "mp"
@@ -65,7 +64,7 @@ def launch(devices: int, scaling: str, options: argparse.Namespace) -> dict:
     port = _free_port()
     environments = [_environment(rank, many, port, devices) for rank in range(many)]
     if options.deterministic:
-        environments = [e | {"TF_DETERMINISTIC_OPS": "1"} for e in environments]
+        environments = [env | {"TF_DETERMINISTIC_OPS": "1"} for env in environments]
     said = scaling_job.run(command, environments, options.timeout, wait_for_turn)
     lines = [line for line in said if line.startswith("{")]
     if not lines:
@@ -179,6 +178,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error(
             "--wait-for-turn is one row's: give one number of --devices and one "
             f"--scaling. Received: {options.devices} and {options.scaling}."
+        )
+    if options.deterministic and os.environ.get("KERAS_BACKEND") != "tensorflow":
+        parser.error(
+            "--deterministic is about TensorFlow's operations. Received: "
+            f"KERAS_BACKEND={os.environ.get('KERAS_BACKEND')}. Leave the option out."
         )
     return options
 

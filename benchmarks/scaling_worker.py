@@ -94,9 +94,14 @@ def _described(job, workload):
         "xla": keras.backend.backend() == "jax",
         "batch": workload.batch,
         "devices": job["devices"],
-        "deterministic": job["deterministic"],
+        "deterministic": _is_deterministic(),
         "together": job["wait_for_turn"],
     }
+
+
+def _is_deterministic():
+    tensorflow = keras.backend.backend() == "tensorflow"
+    return tensorflow and os.environ.get("TF_DETERMINISTIC_OPS") in ("1", "true")
 
 
 def _memory(replicas):

@@ -49,12 +49,20 @@ class LossScaleRule:
             if field.type is int:
                 # 2e3 is a number of steps too, but TensorFlow adds no float to it.
                 object.__setattr__(self, field.name, int(getattr(self, field.name)))
+        bounds = f"min_scale={self.min_scale}, max_scale={self.max_scale}"
         _require(
-            2.0**-126 <= self.min_scale <= self.max_scale <= 2.0**126,
-            "`min_scale` must be at most `max_scale`, and both must lie in "
-            "[2**-126, 2**126], where a float32 and its reciprocal are exact",
-            f"min_scale={self.min_scale}, max_scale={self.max_scale}",
+            self.min_scale <= self.max_scale,
+            "`min_scale` must be at most `max_scale`",
+            bounds,
             "Swap the two, or leave out the one you do not need.",
+        )
+        _require(
+            self.min_scale >= 2.0**-126 and self.max_scale <= 2.0**126,
+            "`min_scale` and `max_scale` must lie in [2**-126, 2**126], so that the "
+            "reciprocal of a scale is a normal float32 too",
+            bounds,
+            "Pass a bound within. A saved model that has others: load it with "
+            "`compile=False`, and compile it.",
         )
         _require(
             self.min_scale <= self.initial_scale <= self.max_scale,

@@ -147,9 +147,12 @@ def total(partials: Any) -> Any:
     """
     partials = ops.reshape(partials, (-1, len(FIELDS), ROWS))
     counts = ops.sum(partials[:, :-2], axis=-1)
-    largest = ops.max(partials[:, -2:-1], axis=-1)
-    smallest = ops.min(partials[:, -1:], axis=-1)
-    return ops.concatenate([counts, largest, smallest], axis=-1)
+    # As integers, ordered alike: of floats XLA flushes a denormal to 0.
+    extremes = ops.view(partials[:, -2:], "int32")
+    extremes = ops.stack(
+        [ops.max(extremes[:, 0], axis=-1), ops.min(extremes[:, 1], axis=-1)], axis=-1
+    )
+    return ops.concatenate([counts, ops.view(extremes, "float32")], axis=-1)
 
 
 def measure_each(stacked: Any) -> Any:

@@ -291,6 +291,31 @@ def test_a_compiled_step_is_not_given_the_views_that_eager_steps_keep(owner):
     assert values == [[4.0, 8.0], [[12.0]]]
 
 
+def test_what_is_measured_bit_by_bit_is_added_up(monkeypatch):
+    # Each tensor by itself, as a large one is.
+    monkeypatch.setattr(torch_carrier, "_WAITING", 1)
+    arrays = [np.full((1025 * n,), n, "float32") for n in (1, 2, 3)]
+    grads = [torch.from_numpy(a) for a in arrays]
+    grads[1] = grads[1].half()
+    rows = engine.carrier([], 1).rows(lambda variable: None, grads).numpy()
+    expected = np.stack([ranges.measure_array(a) for a in arrays])
+    np.testing.assert_array_equal(rows, expected)
+
+
+@pytest.mark.slow
+# The compiler warns of what it finds in torch.
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_rows_are_measured_by_a_compiled_function_as_without(dtype):
+    measure = torch_carrier._measuring_rows(dtype)
+    compiled = torch_carrier._compiled(measure, dtype, torch.device("cpu"))
+    assert compiled is not measure
+    for rows in (1, 2, 17):
+        x = torch.linspace(-1e5, 1e5, 1024 * rows).to(dtype).reshape(rows, -1)
+        x[0, 0], x[-1, -1], x[0, 1] = torch.nan, torch.inf, 0.0
+        assert all(map(torch.equal, compiled(x), measure(x)))
+
+
 def test_ever_new_shapes_are_measured_right_and_do_not_pile_up(monkeypatch):
     # More than a step takes, so that some are met again, and no multiple of it.
     monkeypatch.setattr(torch_carrier, "_LAYOUTS", 13)

@@ -81,6 +81,27 @@ def test_a_job_sees_as_many_gpus_as_it_has_devices(monkeypatch, before, visible)
     assert found["CUDA_VISIBLE_DEVICES"] == visible
 
 
+def test_one_order_is_asked_of_tensorflow_alone(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import scaling
+
+    asked = []
+
+    def run(command, environments, *others):
+        asked.extend(env.get("TF_DETERMINISTIC_OPS") for env in environments)
+        return ["{}"]
+
+    monkeypatch.setattr(scaling.scaling_job, "run", run)
+    monkeypatch.setenv("KERAS_BACKEND", "tensorflow")
+    for more in ([], ["--deterministic"]):
+        scaling.launch(2, "mp", scaling.parse(more))
+    assert asked == [None, "1"]
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    with pytest.raises(SystemExit):
+        scaling.parse(["--deterministic"])
+    assert "TensorFlow's operations" in capsys.readouterr().err
+
+
 def test_a_turn_is_one_rows(monkeypatch, capsys):
     monkeypatch.syspath_prepend(BENCHMARKS)
     import scaling
@@ -100,6 +121,7 @@ def test_the_presets_measure_every_engine_model_and_way_on_one_and_two(monkeypat
     found = []
     for name in ("scaling", "scaling-resnet"):
         for backend, script, *arguments in presets.read_rows(name):
+            monkeypatch.setenv("KERAS_BACKEND", backend)
             chosen = scaling.parse([*arguments, "--wait-for-turn"])
             assert (script, chosen.size, chosen.check) == ("scaling.py", "full", True)
             (devices,), (way,) = chosen.devices, chosen.scaling
@@ -179,6 +201,7 @@ def measured(way, devices, ms, **fields):
     row |= {"backend": "jax", "xla": True, "policy": "mixed_float16"}
     row |= {"scaling": way, "devices": devices, "together": True}
     row |= {"ms_per_step": ms, "ms_min": ms, "ms_max": ms}
+    row |= {"blocks": 5, "steps_per_block": 10}
     row |= {"memory_of": "device", "peak_memory_mb_each": [1000.0] * devices}
     row |= {"overflows_survived": "yes" if way == "mp" else None}
     row |= {"device": "GPU", "date": "2026-01-01", "versions": {"keras": "3.15.1"}}
@@ -196,14 +219,15 @@ def test_the_table_of_several_gpus(monkeypatch):
     page = report_benchmarks.page(rows)
     assert page.count("### ") == 2
     times, agreed = page.split("### Several GPUs: what agreeing costs")
-    memory, ours = "1000, 1000", "keras_mixprec"
+    memory, ours, when = "1000, 1000", "keras_mixprec", "5 x 10, 2026-01-01"
     assert cells_of(times) == [
-        ["1", "no loss scaling", "9.75 (9.75 to 9.75)", "", "", "1000", ""],
-        ["1", ours, "10.00 (10.00 to 10.00)", "", "+2.6%", "1000", "yes"],
+        ["1", "no loss scaling", "9.75 (9.75 to 9.75)", "", "", "1000", when, ""],
+        ["1", ours, "10.00 (10.00 to 10.00)", "", "+2.6%", "1000", when, "yes"],
         # 9.75 / 12.
-        ["2", "no loss scaling", "12.00 (12.00 to 12.00)", "81.2%", "", memory, ""],
-        ["2", ours, "12.50 (12.50 to 12.50)", "80.0%", "+4.2%", memory, "yes"],
-        ["2", ours, "50.00 (50.00 to 50.00)", "", "", memory, "yes"],
+        ["2", "no loss scaling", "12.00 (12.00 to 12.00)", "81.2%", "", memory, when]
+        + [""],
+        ["2", ours, "12.50 (12.50 to 12.50)", "80.0%", "+4.2%", memory, when, "yes"],
+        ["2", ours, "50.00 (50.00 to 50.00)", "", "", memory, when, "yes"],
     ]
     # 3.6 + 2 * 0.47 us are 4.54; 12.5 - 12 - (10 - 9.75) ms, of 12.5.
     assert cells_of(agreed) == [["2", ours, "4.5 us (0.04%)", "+250 us (+2.00%)"]]
@@ -220,14 +244,18 @@ def test_a_run_past_midnight_is_one_and_another_order_is_compared_apart(
     monkeypatch.syspath_prepend(BENCHMARKS)
     import report_benchmarks
 
-    tensorflow = {"backend": "tensorflow", "xla": False}
+    tensorflow = {"backend": "tensorflow", "xla": False, "run": "2026-01-01"}
     rows = [measured("mp", 1, 10.0, **tensorflow)]
     rows += [measured("mp", 2, 20.0, date="2026-01-02", **tensorflow)]
     rows += [measured("mp", 2, 50.0, deterministic=True, **tensorflow)]
+    # Another run of another day, in the same file.
+    other = {"run": None, "date": "2026-01-09", "backend": "jax", "xla": True}
+    rows += [measured("mp", 1, 10.0, **other)]
     (tmp_path / "night.jsonl").write_text("\n".join(map(json.dumps, rows)))
     page = report_benchmarks.page(report_benchmarks.read(tmp_path))
-    assert page.count("\n## ") == 1
+    assert page.count("\n## ") == 2 and "## GPU, 2026-01-09\n" in page
     assert "## GPU, 2026-01-01 and 2026-01-02\n" in page
+    page = page[: page.index("## GPU, 2026-01-09")]
     lines = [line for line in page.splitlines() if line.startswith("| BERT-base")]
     backends = [line.split("|")[2].strip() for line in lines]
     plain, deterministic = "tensorflow, no XLA", "tensorflow, no XLA, deterministic"

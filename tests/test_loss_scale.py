@@ -155,3 +155,10 @@ def test_whole_numbers_may_be_written_as_floats():
     assert (rule.growth_steps, rule.hysteresis) == (2000, 2)
     assert all(type(n) is int for n in (rule.growth_steps, rule.hysteresis))
     assert run(rule, [False, False])[0] == [2.0**15, 2.0**14]
+
+
+def test_bounds_are_told_apart_from_their_order():
+    with pytest.raises(ValueError, match="must lie in .* `compile=False`"):
+        LossScaleRule(max_scale=2.0**127)
+    with pytest.raises(ValueError, match="at most `max_scale`.* Swap"):
+        LossScaleRule(min_scale=8.0, max_scale=4.0)

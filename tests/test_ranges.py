@@ -89,3 +89,24 @@ def test_what_is_written_over_later_was_measured_before():
     x += 100.0
     rows = ops.convert_to_numpy(carrier.rows(lambda variable: None, []))
     assert ranges.merged([rows[0]]) == Range(3, 0, 0, 0, 0, 0, 2.0, 2.0)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_denormals_are_no_zeros(dtype):
+    bits = 16 if dtype == "bfloat16" else 0
+    array = np.arange(1, 300, dtype="uint32") << bits >> (bits and 3) << (bits and 3)
+    array = array[array > 0].view("float32")
+    tensor = ops.cast(ops.convert_to_tensor(array), dtype)
+    carrier = engine.carrier([], 1)
+    row = ops.convert_to_numpy(carrier.rows(lambda variable: None, [tensor]))[0]
+    assert ranges.merged([row]) == ranges.merged([ranges.measure_array(array)])
+    assert ranges.merged([row]).min_abs > 0
+
+
+def test_of_many_large_weights_none_is_lost():
+    arrays = [np.full((128, 129), i, "float32") for i in range(1, 20)]
+    grads = [ops.convert_to_tensor(a) for a in arrays]
+    carrier = engine.carrier([], 1)
+    rows = ops.convert_to_numpy(carrier.rows(lambda variable: None, grads))
+    expected = np.stack([ranges.measure_array(a) for a in arrays])
+    np.testing.assert_array_equal(rows, expected)

@@ -83,8 +83,8 @@ def _commit_by_cond(update):
 def _unscaled_first(update):
     """Return the flags, and what applies an update whose gradients are divided already.
 
-    TensorFlow divides in the gradients' own memory where nothing else reads them, and
-    so reads them once less. XLA fuses the division into what uses the quotients.
+    TensorFlow multiplies in the gradients' own memory where nothing else reads them,
+    and so reads them once less. XLA fuses the product into what uses it.
     """
     unscaled = update.unscale(update.grads)
     pairs = zip(unscaled, update.grads, strict=True)

@@ -19,8 +19,8 @@ _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 # many, which a GPU adds to the same few numbers one after the other; of long ones more
 # is filler, which keeps a CPU busy.
 _COLUMNS = {"cuda": 2**14, "cpu": 2**10}
-# Bytes that wait before their rows are measured. Meanwhile they take about twice that,
-# and four times where nothing compiles.
+# Bytes of rows of one dtype that wait before they are measured. Meanwhile they take
+# about twice that, and four times where nothing compiles.
 _WAITING = 2**29
 # Kept at most: with batches of ever new shapes there would be no end.
 _LAYOUTS = 256
@@ -92,7 +92,9 @@ class PendingCarrier:
             waiting = self._waiting[kind] = _Waiting([], [], 0)
         waiting.rows.append(row)
         waiting.tensors.append(x)
-        waiting.bytes += x.nbytes
+        columns = _columns(x.device)
+        # What is short is filled up.
+        waiting.bytes += -(-x.numel() // columns) * columns * x.element_size()
         if waiting.bytes >= _WAITING:
             self._measure(kind)
 
