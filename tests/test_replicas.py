@@ -17,15 +17,13 @@ pytestmark = pytest.mark.skipif(
 # In a process of its own: logical devices are made before TensorFlow starts.
 SCRIPT = """
 import sys
-sys.path.insert(0, {tests!r})
+sys.path[:0] = [{tests!r}, {tests!r} + "/distributed"]
 import numpy as np, tensorflow as tf, keras
-cpu = tf.config.list_physical_devices("CPU")[0]
-logical = [tf.config.LogicalDeviceConfiguration()] * {replicas}
-tf.config.set_logical_device_configuration(cpu, logical)
+from mirrored import devices
 import keras_mixprec as mp
 from support import classifier, compiled, data
 
-strategy = tf.distribute.MirroredStrategy([f"CPU:{{i}}" for i in range({replicas})])
+strategy = tf.distribute.MirroredStrategy(devices({replicas}))
 wrapper = {wrapper}
 for bad in range({replicas}):
     with strategy.scope():

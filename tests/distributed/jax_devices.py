@@ -181,6 +181,8 @@ def memory(kind, *cluster):
 
 def curves(kind, *inners):
     """The loss of each epoch on one device and on all, from the same seed."""
+    # Curves are compared closer than TF32 computes, which XLA takes on a GPU.
+    jax.config.update("jax_default_matmul_precision", "float32")
     for inner in inners:
         alone = curve(inner)
         keras.distribution.set_distribution(distribution(kind))

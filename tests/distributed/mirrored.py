@@ -1,4 +1,4 @@
-"""MirroredStrategy on logical CPU devices.
+"""MirroredStrategy on GPUs where there are enough, else on logical CPU devices.
 
 python mirrored.py survive REPLICAS INNER
 python mirrored.py curves REPLICAS INNER...
@@ -17,6 +17,15 @@ import keras_mixprec as mp
 
 
 def devices(replicas):
+    gpus = tf.config.list_physical_devices("GPU")
+    if len(gpus) >= replicas:
+        for gpu in gpus:
+            tf.config.experimental.set_memory_growth(gpu, True)
+        # Curves are compared closer than TF32 computes.
+        tf.config.experimental.enable_tensor_float_32_execution(False)
+        return [f"GPU:{i}" for i in range(replicas)]
+    # Or the functions that are not under the strategy would run on what there is.
+    tf.config.set_visible_devices([], "GPU")
     cpu = tf.config.list_physical_devices("CPU")[0]
     logical = [tf.config.LogicalDeviceConfiguration()] * replicas
     tf.config.set_logical_device_configuration(cpu, logical)

@@ -1,4 +1,4 @@
-"""DistributedDataParallel over gloo: several processes on loopback.
+"""DistributedDataParallel: several processes on loopback, NCCL on GPUs, else gloo.
 
     RANK=.. WORLD_SIZE=.. MASTER_ADDR=.. MASTER_PORT=.. python torch_processes.py \\
         survive INNER MICRO_BATCHES
@@ -74,7 +74,7 @@ class Trainer:
 
     def mean(self, losses):
         """The mean over the processes, each of which knows its own loss only."""
-        losses = torch.tensor(losses, dtype=torch.float64)
+        losses = torch.tensor(losses, dtype=torch.float64, device=_device())
         if self.processes > 1:
             dist.all_reduce(losses)
         return (losses / self.processes).tolist()
@@ -85,10 +85,11 @@ class Trainer:
         return {f"{i} {v.path}": self.gather(v) for i, v in enumerate(owned)}
 
     def gather(self, variable):
-        value = variable.value.detach().contiguous()
+        # Counters may lie on the host, which NCCL does not see.
+        value = variable.value.detach().to(_device()).contiguous()
         copies = [torch.empty_like(value) for _ in range(self.processes)]
         dist.all_gather(copies, value)
-        return [c.numpy() for c in copies]
+        return [c.cpu().numpy() for c in copies]
 
     def digest(self):
         """A hash of all that should be equal in every process."""
@@ -138,7 +139,8 @@ def loop(inner):
 def survive(inner, micro_batches):
     trainer = Trainer(inner, int(micro_batches))
     faults.survive(trainer, trainer.optimizer, dist.get_world_size())
-    statistics = [v.numpy() for v in trainer.model.non_trainable_variables]
+    variables = trainer.model.non_trainable_variables
+    statistics = [keras.ops.convert_to_numpy(v) for v in variables]
     assert all(np.isfinite(s).all() for s in statistics)
     print("digest", trainer.digest(), flush=True)
 
@@ -200,6 +202,11 @@ def curves(*inners):
 def curve(inner, **options):
     trainer = Trainer(inner, dtype="float32", batch_normalization=False, **options)
     return trainer.run(*faults.batches(8), epochs=4)
+
+
+def _device():
+    """Where collectives take tensors from."""
+    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 
 
 def _threads():
