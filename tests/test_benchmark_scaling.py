@@ -102,6 +102,18 @@ def test_one_order_is_asked_of_tensorflow_alone(monkeypatch, capsys):
     assert "TensorFlow's operations" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("value, wanted", [(None, False), ("0", False), ("1", True)])
+def test_a_row_says_in_which_order_it_ran(monkeypatch, value, wanted):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import scaling_worker
+
+    monkeypatch.delenv("TF_DETERMINISTIC_OPS", raising=False)
+    if value is not None:
+        monkeypatch.setenv("TF_DETERMINISTIC_OPS", value)
+    found = scaling_worker._is_deterministic()
+    assert found == (wanted and keras.backend.backend() == "tensorflow")
+
+
 def test_a_turn_is_one_rows(monkeypatch, capsys):
     monkeypatch.syspath_prepend(BENCHMARKS)
     import scaling

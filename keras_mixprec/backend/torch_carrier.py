@@ -193,11 +193,8 @@ def _measuring_rows(dtype):
     smallest that of inf where there is none.
     """
     limits, kind = bit_limits(_name(dtype)), _INTEGER[dtype.itemsize]
-    different, mask, infinity = (
-        tuple(dict.fromkeys(limits)),
-        torch.iinfo(kind).max,
-        limits[-1],
-    )
+    different, infinity = tuple(dict.fromkeys(limits)), limits[-1]
+    mask = torch.iinfo(kind).max
 
     def measure(rows):
         bits = rows.view(kind) & mask
