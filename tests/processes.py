@@ -18,6 +18,12 @@ GRACE = 20
 _RESERVED = []
 
 
+def search_path(*first):
+    """Return a `PYTHONPATH`: these folders, then what this process was given."""
+    before = os.environ.get("PYTHONPATH")
+    return os.pathsep.join([*map(str, first), *([before] if before else [])])
+
+
 class Processes:
     """Python processes of one job, killed when the `with` block ends.
 
@@ -46,9 +52,9 @@ class Processes:
         return self
 
     def _start(self, arguments, extra, file):
-        paths = [str(ROOT), str(TESTS), str(TESTS / "distributed")]
+        paths = [ROOT, TESTS, TESTS / "distributed"]
         defaults = {
-            "PYTHONPATH": os.pathsep.join(paths),
+            "PYTHONPATH": search_path(*paths),
             "TF_CPP_MIN_LOG_LEVEL": "2",
             "OMP_NUM_THREADS": "1",
             # XLA on CPUs has a thread for each device or core, and a device that waits

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import subprocess
 import sys
 
@@ -10,6 +9,8 @@ import click
 import keras
 import numpy as np
 import pytest
+from processes import ROOT
+from processes import search_path
 
 import keras_mixprec as mp
 from keras_mixprec.policy import POLICIES
@@ -18,7 +19,6 @@ from keras_mixprec_cli import machine
 from keras_mixprec_cli import options
 from keras_mixprec_cli import samples
 
-ROOT = str(pathlib.Path(__file__).parents[1])
 COMMAND = "import sys; from keras_mixprec_cli.app import main; sys.exit(main())"
 LAYERS = """
 import keras
@@ -132,7 +132,7 @@ def test_a_backend_that_is_not_there(folder, backend, message):
     command = f"import sys; sys.modules['jax'] = None; {COMMAND}"
     done = subprocess.run(
         [sys.executable, "-c", command, "doctor", "--no-measure"],
-        env=os.environ | {"KERAS_BACKEND": backend, "PYTHONPATH": ROOT},
+        env=os.environ | {"KERAS_BACKEND": backend, "PYTHONPATH": search_path(ROOT)},
         capture_output=True,
         text=True,
     )
@@ -143,7 +143,7 @@ def test_a_backend_that_is_not_there(folder, backend, message):
 def test_nothing_but_the_result_is_written(saved):
     done = subprocess.run(
         [sys.executable, "-c", COMMAND, "plan", "m.keras"],
-        env=os.environ | {"PYTHONPATH": ROOT},
+        env=os.environ | {"PYTHONPATH": search_path(ROOT)},
         capture_output=True,
         text=True,
     )

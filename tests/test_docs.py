@@ -2,15 +2,15 @@
 
 import importlib.util
 import os
-import pathlib
 import re
 import subprocess
 import sys
 
 import pytest
+from processes import ROOT
+from processes import search_path
 from site_links import dead_links
 
-ROOT = pathlib.Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 TUTORIALS = DOCS / "tutorials"
 PAGES = [
@@ -154,12 +154,11 @@ def test_site_builds(tmp_path):
 
 
 def run_python(*words):
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, *map(str, words)],
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": paths},
+        env={**os.environ, "PYTHONPATH": search_path(ROOT)},
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

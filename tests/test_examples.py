@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import pathlib
 import re
 import subprocess
 import sys
@@ -10,8 +9,9 @@ import sys
 import keras
 import numpy as np
 import pytest
+from processes import ROOT
+from processes import search_path
 
-ROOT = pathlib.Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 # The quickstart has a test file, and `digits` is what the loops import.
 HELPERS = ("quickstart", "digits")
@@ -151,13 +151,12 @@ def test_example_holds_what_it_says(path, tmp_path):
     if path.stem == "bert" and backend == "jax":
         # JAX has no float16 attention on CPUs.
         words = ["--policy", "mixed_bfloat16"]
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     done = subprocess.run(
         [sys.executable, str(path), *words],
         cwd=tmp_path,
         capture_output=True,
         text=True,
         timeout=60 * MINUTES,
-        env={**os.environ, "PYTHONPATH": paths},
+        env={**os.environ, "PYTHONPATH": search_path(ROOT)},
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]

@@ -2,17 +2,17 @@
 
 import json
 import os
-import pathlib
 import signal
 import subprocess
 import sys
 
 import keras
 import pytest
+from processes import ROOT
+from processes import search_path
 
 from keras_mixprec_cli.launched import on_import
 
-ROOT = pathlib.Path(__file__).parents[1]
 COMMAND = "import sys; from keras_mixprec_cli.app import main; sys.exit(main())"
 
 SPEAKS = """
@@ -54,7 +54,7 @@ def script(tmp_path):
 
 
 def python(*words, **env):
-    paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    paths = search_path(ROOT)
     return subprocess.run(
         [sys.executable, *map(str, words)],
         capture_output=True,

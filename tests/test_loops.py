@@ -10,6 +10,8 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+from processes import ROOT
+from processes import search_path
 from support import assert_finite
 from support import classifier
 from support import data
@@ -294,8 +296,7 @@ def run(folder, result, die):
         die=die,
         signal="SIGKILL" if hasattr(signal, "SIGKILL") else "SIGTERM",
     )
-    root = str(pathlib.Path(mp.__file__).parents[1])
-    environment = os.environ | {"PYTHONPATH": root}
+    environment = os.environ | {"PYTHONPATH": search_path(ROOT)}
     return subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True
     )

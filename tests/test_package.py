@@ -4,7 +4,6 @@ import functools
 import importlib.metadata
 import importlib.resources
 import os
-import pathlib
 import shutil
 import subprocess
 import sys
@@ -14,10 +13,11 @@ import zipfile
 
 import keras
 import pytest
+from processes import ROOT
+from processes import search_path
 
 import keras_mixprec as mp
 
-ROOT = pathlib.Path(__file__).parents[1]
 FRAMEWORKS = ("tensorflow", "jax", "torch")
 
 # Whatever Keras loaded is hidden, so that importing it again would fail.
@@ -42,7 +42,7 @@ def test_import_loads_nothing_that_keras_did_not():
         [sys.executable, "-c", code],
         capture_output=True,
         text=True,
-        env={**os.environ, "PYTHONPATH": str(pathlib.Path(mp.__file__).parents[1])},
+        env={**os.environ, "PYTHONPATH": search_path(ROOT)},
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "NEW keras_mixprec"

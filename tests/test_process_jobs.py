@@ -42,6 +42,13 @@ def test_one_that_fails_ends_the_wait_for_the_others(script, monkeypatch):
     assert time.monotonic() - start < 60
 
 
+def test_jobs_find_what_this_process_finds(tmp_path, monkeypatch):
+    (tmp_path / "only_here.py").write_text("print('found')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "job.py").write_text("import faults, only_here")
+    assert "found" in run(tmp_path / "job.py", [[]])[0]
+
+
 def test_no_two_test_processes_get_the_same_port(monkeypatch):
     mine = free_ports(2)
     # In another process, to which but one port and those of this one are left.

@@ -7,8 +7,8 @@ import sys
 
 import keras
 import pytest
-
-import keras_mixprec as mp
+from processes import ROOT
+from processes import search_path
 
 pytestmark = pytest.mark.skipif(
     keras.backend.backend() != "tensorflow", reason="tf.distribute"
@@ -50,10 +50,9 @@ def run(replicas, wrapper):
     code = SCRIPT.format(
         tests=str(pathlib.Path(__file__).parent), replicas=replicas, wrapper=wrapper
     )
-    root = str(pathlib.Path(mp.__file__).parents[1])
     return subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code],
-        env=os.environ | {"PYTHONPATH": root},
+        env=os.environ | {"PYTHONPATH": search_path(ROOT)},
         capture_output=True,
         text=True,
         timeout=240,
