@@ -64,7 +64,7 @@ def _identity(row):
     """What a row measured, without what it saw and when: a later run replaces it."""
     seen = ("versions", "date", "run", "compile_s", "samples_per_s", "peak_memory_mb")
     seen += ("accuracy", "changes", "seconds", "together")
-    seen += ("peak_memory_mb_each", "overflows_survived", "efficiency")
+    seen += ("peak_memory_mb_each", "overflows_survived", "copies_parted", "efficiency")
     names = [k for k in sorted(row) if k not in seen and not _is_figure(k)]
     return json.dumps({name: row[name] for name in names})
 

@@ -10,13 +10,14 @@ _HEAD = """
 GPUs, one included, since it compiles for one alone; JAX's `DataParallel`; torch's
 DistributedDataParallel, eager. mixed_float16, the batch per GPU kept. TensorFlow's
 batches come from the host. Efficiency: the step on one GPU over the step on all.
-Overflows: one forced on each GPU in turn, counted once, with weights and state finite
-and the same bits on all.
+Overflows: one forced on each GPU in turn, counted once, with every GPU's copy of
+weights and slots finite and as it was (25 November: the same bits on all).
 
 "Deterministic": with `TF_DETERMINISTIC_OPS=1`. Without it TensorFlow adds up the rows
 of an embedding's gradient (`IndexedSlices`) in no fixed order on a GPU
 ([TensorFlow 2.8](https://github.com/tensorflow/tensorflow/releases/tag/v2.8.0)), so
-that the copies of a table may part. That row ran few steps and has no time.
+that the copies of a table part, with a loss scale and without; "copies parted" says by
+how much after training, where it was looked at.
 """
 _MODEL_HEAD = """
 ### Several GPUs: what agreeing costs, predicted and seen
@@ -120,6 +121,12 @@ def _memory(row):
     return ", ".join(f"{peak:.0f}" for peak in row["peak_memory_mb_each"]) + of
 
 
+def _parted(row):
+    if row.get("copies_parted") is None:
+        return ""
+    return row["copies_parted"] or "no"
+
+
 _FIRST = {
     "model, batch": _model,
     "backend": _backend,
@@ -133,6 +140,7 @@ _COLUMNS = _FIRST | {
     "peak memory of each, MiB": _memory,
     "blocks x steps, day": _measured,
     "overflows survived": lambda row: row["overflows_survived"] or "",
+    "copies parted": _parted,
 }
 _AGREED = _FIRST | {
     "own all-reduce": lambda row: _added(row, "predicted", 1),

@@ -7,9 +7,10 @@ TensorFlow: `MirroredStrategy`; JAX: `DataParallel`; torch: DistributedDataParal
 process for each device. GPUs where there are any, else logical CPU devices, which
 share the same cores: good for correctness, not for speed. The batch is per device, so
 that ideal scaling keeps the step time. Each number of devices and each way to scale
-the loss has processes of its own, which see only as many GPUs. With `--check` an
-overflow is then forced on each device in turn: one decision, finite weights, the same
-bits on all, or the row says what else. `--deterministic` has TensorFlow add up an
+the loss has processes of its own, which see only as many GPUs. With `--check` the row
+says whether the devices' copies of the weights have parted, and with our scaling an
+overflow is then forced on each device in turn: one decision, every copy finite and as
+it was, or the row says what else. `--deterministic` has TensorFlow add up an
 embedding's rows in one order, which it does not do on a GPU otherwise.
 
 TensorFlow runs without XLA on any number of devices, one included: it compiles for
@@ -55,10 +56,9 @@ def launch(devices: int, scaling: str, options: argparse.Namespace) -> dict:
     Raises:
         RuntimeError: If a process fails, with what it said, or time is up.
     """
-    keys = ("model", "size", "batch", "steps", "blocks", "wait_for_turn")
+    keys = ("model", "size", "batch", "steps", "blocks", "check", "wait_for_turn")
     job = {"devices": devices, "scaling": scaling}
     job |= {key: getattr(options, key) for key in keys}
-    job["check"] = options.check and scaling == "mp"
     many = devices if os.environ.get("KERAS_BACKEND") == "torch" else 1
     command = [sys.executable, "-W", "ignore", __file__, "--worker", json.dumps(job)]
     port = _free_port()

@@ -72,12 +72,15 @@ def _measure(replicas, job):
             batches, epochs=epochs, steps_per_epoch=steps, verbose=0, callbacks=[blocks]
         )
         memory = _memory(replicas)
-        checked = _check(replicas, model, workload, job) if job["check"] else None
+        parted = _parted(replicas, model) if job["check"] else None
+        checks = job["check"] and job["scaling"] == "mp"
+        checked = _check(replicas, model, workload, job) if checks else None
     backend = current()
     return {
         **_described(job, workload),
         **summary(blocks.seconds[_WARM_UP:], steps, job["devices"] * workload.batch),
         **memory,
+        "copies_parted": parted,
         "overflows_survived": checked,
         **place(backend.device(), versions(backend)),
     }
@@ -150,18 +153,29 @@ def _batch(workload, job, replicas, bad=None):
 
 
 def _check(replicas, model, workload, job):
-    """Say `yes`, or what an overflow on which device has done."""
+    """Say `yes`, or what an overflow on which device has done.
+
+    A step that is skipped leaves each device's copies of the weights and of the inner
+    optimizer's state as they were, and what counts it the same on all.
+    """
+    optimizer = model.optimizer
+    kept = [*model.trainable_variables, *optimizer.inner_optimizer.variables]
+    own = [v for v in optimizer.variables if all(v is not k for k in kept)]
     found = []
     for bad in range(job["devices"]):
-        before = model.optimizer.overflow_count
+        counted = optimizer.overflow_count
+        before = [_copies(replicas, v) for v in kept]
         batches = replicas.batches(*_batch(workload, job, replicas, bad))
         model.fit(batches, steps_per_epoch=1, verbose=0)
-        counted = model.optimizer.overflow_count - before
+        counted = optimizer.overflow_count - counted
         if counted != 1:
             found.append(f"no: counted {counted} times with one on device {bad}")
         # All look at all variables, whatever they find: others wait for them in it.
-        owned = [*model.trainable_variables, *model.optimizer.variables]
-        wrong = [(v.path, _wrong(replicas.copies(v))) for v in owned]
+        wrong = [
+            (v.path, _changed(copies, _copies(replicas, v)))
+            for v, copies in zip(kept, before, strict=True)
+        ]
+        wrong += [(v.path, _apart(_copies(replicas, v))) for v in own]
         found += [
             f"no: {path} {what} with the overflow on device {bad}"
             for path, what in wrong
@@ -171,12 +185,43 @@ def _check(replicas, model, workload, job):
     return (replicas.over_processes(found) or ["yes"])[0]
 
 
-def _wrong(copies):
-    """Return what is wrong with the devices' copies of a variable; empty if nothing."""
-    first, *others = [np.asarray(c) for c in copies]
-    if not all(np.isfinite(c).all() for c in (first, *others)):
+def _parted(replicas, model):
+    """Say which weight's copies differ most between the devices; empty if none do."""
+    found = [
+        (v.path, _difference(_copies(replicas, v))) for v in model.trainable_variables
+    ]
+    path, most = max(found, key=lambda pair: pair[1])
+    return f"{path} by {most:.2g}" if most else ""
+
+
+def _copies(replicas, variable):
+    return [np.asarray(copy) for copy in replicas.copies(variable)]
+
+
+def _changed(before, after):
+    """Return what has become of a variable's copies; empty if they are as before."""
+    if not all(np.isfinite(copy).all() for copy in after):
         return "is not finite"
-    if all(c.tobytes() == first.tobytes() for c in others):
-        return ""
+    same = [a.tobytes() == b.tobytes() for a, b in zip(after, before, strict=True)]
+    return "" if all(same) else f"changed on device {same.index(False)}"
+
+
+def _apart(copies):
+    """Return what is wrong with the devices' copies of a variable; empty if nothing."""
+    if not all(np.isfinite(copy).all() for copy in copies):
+        return "is not finite"
+    difference = _difference(copies)
+    return f"differs by {difference:.2g}" if difference else ""
+
+
+def _difference(copies):
+    """Return the largest difference to the first copy; 0.0 only if the bits are one.
+
+    Of bits that differ without a difference in value, as NaNs do, infinity.
+    """
+    first, *others = copies
+    if all(copy.tobytes() == first.tobytes() for copy in others):
+        return 0.0
     first = first.astype("float64")
-    return f"differs by {max(np.abs(c - first).max() for c in others):.2g}"
+    most = max(np.abs(copy - first).max() for copy in others)
+    return most if most > 0 else np.inf

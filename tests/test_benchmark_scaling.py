@@ -4,8 +4,10 @@ import json
 import pathlib
 import sys
 import time
+import types
 
 import keras
+import numpy as np
 import pytest
 
 pytestmark = pytest.mark.slow
@@ -200,6 +202,7 @@ def test_rows_of_two_devices_and_of_one_are_measured_in_turn(monkeypatch, tmp_pa
     scaled, single = map(json.loads, lines)
     assert (scaled["benchmark"], single["benchmark"]) == ("scaling", "train_step")
     assert scaled["overflows_survived"] == "yes"
+    assert scaled["copies_parted"] == ""
     assert scaled["xla"] == (backend == "jax")
     # Without GPUs it is each process's own, and torch has two.
     each = scaled["peak_memory_mb_each"]
@@ -224,7 +227,8 @@ def test_the_table_of_several_gpus(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     import report_benchmarks
 
-    rows = [measured("mp", 2, 12.5), measured("none", 2, 12.0)]
+    rows = [measured("mp", 2, 12.5, copies_parted="")]
+    rows += [measured("none", 2, 12.0, copies_parted="w by 0.5")]
     rows += [measured("mp", 1, 10.0), measured("none", 1, 9.75)]
     # Of another engine there is nothing to compare with.
     rows += [measured("mp", 2, 50.0, backend="torch", xla=False)]
@@ -233,13 +237,14 @@ def test_the_table_of_several_gpus(monkeypatch):
     times, agreed = page.split("### Several GPUs: what agreeing costs")
     memory, ours, when = "1000, 1000", "keras_mixprec", "5 x 10, 2026-01-01"
     assert cells_of(times) == [
-        ["1", "no loss scaling", "9.75 (9.75 to 9.75)", "", "", "1000", when, ""],
-        ["1", ours, "10.00 (10.00 to 10.00)", "", "+2.6%", "1000", when, "yes"],
+        ["1", "no loss scaling", "9.75 (9.75 to 9.75)", "", "", "1000", when, "", ""],
+        ["1", ours, "10.00 (10.00 to 10.00)", "", "+2.6%", "1000", when, "yes", ""],
         # 9.75 / 12.
         ["2", "no loss scaling", "12.00 (12.00 to 12.00)", "81.2%", "", memory, when]
-        + [""],
-        ["2", ours, "12.50 (12.50 to 12.50)", "80.0%", "+4.2%", memory, when, "yes"],
-        ["2", ours, "50.00 (50.00 to 50.00)", "", "", memory, when, "yes"],
+        + ["", "w by 0.5"],
+        ["2", ours, "12.50 (12.50 to 12.50)", "80.0%", "+4.2%", memory, when, "yes"]
+        + ["no"],
+        ["2", ours, "50.00 (50.00 to 50.00)", "", "", memory, when, "yes", ""],
     ]
     # 3.6 + 2 * 0.47 us are 4.54; 12.5 - 12 - (10 - 9.75) ms, of 12.5.
     assert cells_of(agreed) == [["2", ours, "4.5 us (0.04%)", "+250 us (+2.00%)"]]
@@ -284,7 +289,7 @@ def test_a_run_past_midnight_is_one_and_another_order_is_compared_apart(
         ([[1.0, 2.0], [1.0, float("nan")]], "is not finite"),
         # The same bits on all, and still wrong.
         ([[float("inf")], [float("inf")]], "is not finite"),
-        ([[0.0], [-0.0]], "differs by 0"),
+        ([[0.0], [-0.0]], "differs by inf"),
         ([[1.0]], ""),
     ],
 )
@@ -292,7 +297,43 @@ def test_what_is_wrong_with_copies_is_said(monkeypatch, copies, wrong):
     monkeypatch.syspath_prepend(BENCHMARKS)
     import scaling_worker
 
-    assert scaling_worker._wrong(copies) == wrong
+    assert scaling_worker._apart([np.array(c) for c in copies]) == wrong
+
+
+@pytest.mark.parametrize(
+    "after, wrong",
+    [
+        # Apart as before: no part of the skipped step.
+        ([1.0, 2.0], ""),
+        ([1.0, 1.0], "changed on device 1"),
+        ([2.0, 2.0], "changed on device 0"),
+        ([1.0, float("inf")], "is not finite"),
+    ],
+)
+def test_a_step_that_is_skipped_leaves_each_copy_as_it_was(monkeypatch, after, wrong):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import scaling_worker
+
+    before, after = ([np.array([c]) for c in copies] for copies in ([1.0, 2.0], after))
+    assert scaling_worker._changed(before, after) == wrong
+
+
+def test_the_weight_that_has_parted_most_is_named(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import scaling_worker
+
+    class Replicas:
+        def copies(self, variable):
+            return copies[variable.path]
+
+    def named(path):
+        return types.SimpleNamespace(path=path)
+
+    model = types.SimpleNamespace(trainable_variables=[named("a"), named("b")])
+    copies = {"a": [np.ones(2), np.ones(2)], "b": [np.ones(2), np.ones(2)]}
+    assert scaling_worker._parted(Replicas(), model) == ""
+    copies = {"a": [np.zeros(2), np.array([0.0, 0.5])], "b": [np.ones(2), np.zeros(2)]}
+    assert scaling_worker._parted(Replicas(), model) == "b by 1"
 
 
 def test_a_later_run_on_as_many_gpus_replaces_the_earlier(monkeypatch, tmp_path):

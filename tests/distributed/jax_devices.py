@@ -315,7 +315,9 @@ def inspected(kind):
 
 def _count(program):
     found = collections.defaultdict(lambda: np.zeros(2, int))
-    for type_, name in re.findall(r" = (.*?) (all-\w+|reduce-scatter)\(", program):
+    # On a GPU an operation starts in one line and is done in another.
+    pattern = r" = (.*?) (all-\w+|reduce-scatter)(?:-start)?\("
+    for type_, name in re.findall(pattern, program):
         shapes = re.findall(r"\[([\d,]*)\]", type_)
         numbers = sum(math.prod(map(int, filter(None, s.split(",")))) for s in shapes)
         found[name] += 1, numbers
