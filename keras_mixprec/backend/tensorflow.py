@@ -13,6 +13,7 @@ from keras_mixprec.backend.tensorflow_commit import commit  # noqa: F401
 from keras_mixprec.backend.tensorflow_commit import read
 from keras_mixprec.backend.tensorflow_commit import restore_by_cond
 from keras_mixprec.backend.tensorflow_commit import restore_by_select
+from keras_mixprec.backend.tensorflow_notes import last_notes  # noqa: F401
 from keras_mixprec.backend.tensorflow_xla import compiling
 from keras_mixprec.backend.tensorflow_xla import is_compiling
 
@@ -80,11 +81,6 @@ def sees_whole_loss(model):
 
 def is_chief(model):
     return model.distribute_strategy.extended.should_checkpoint
-
-
-def last_notes(note):
-    # Keras's `fit`, and with it callbacks, does not run on several workers.
-    return []
 
 
 def gradients(function, variables, tensors):

@@ -158,14 +158,17 @@ def watched(trainer, folder, epochs, is_chief):
     trainer.run(*batches(3, [1]), epochs=epochs, callbacks=callbacks)
 
 
-def memory(trainer, index, processes, wait):
+def monitored(trainer, index, processes, wait, folder):
     """Memory is summed over the processes, without their waiting for each other.
+
+    Each has the keys in its logs, in which a global step that overflows counts once.
 
     Args:
         trainer: As above.
         index: Int, which process this is.
         processes: Int, how many there are.
         wait: Callable that returns once all processes have called it.
+        folder: Path; every process asks for a file of its own there.
     """
     # Nobody else is needed, as for a chief that is alone in having the callback.
     own = {"host_memory_mb": 2.0**index, "loss": 0.5}
@@ -175,13 +178,20 @@ def memory(trainer, index, processes, wait):
     total = hardware.memory_over_processes(own)
     assert total == {"host_memory_total_mb": 2.0**processes - 1}, total
     wait()
+    path = pathlib.Path(folder) / f"{index}.jsonl"
+    monitor = mp.MixedPrecisionMonitor(verbose=1, json_lines=path)
     seen = keras.callbacks.LambdaCallback(
         on_epoch_end=lambda epoch, logs: seen.logs.append(dict(logs))
     )
     seen.logs = []
-    trainer.run(*batches(2), epochs=2, callbacks=[mp.MixedPrecisionMonitor(), seen])
-    # In each epoch, or the columns of a log would not fit.
-    assert all("host_memory_total_mb" in logs for logs in seen.logs), seen.logs
-    last = seen.logs[-1]
-    assert last["host_memory_total_mb"] > last["host_memory_mb"] > 1, last
-    print("memory", last, flush=True)
+    # A sample of the last process.
+    batch = batches(2, [1], BATCH - 1)
+    trainer.run(*batch, epochs=2, callbacks=[monitor, seen])
+    for epoch, logs in enumerate(seen.logs):
+        # In each epoch, or the columns of a log would not fit.
+        assert logs["host_memory_total_mb"] > logs["host_memory_mb"] > 1, seen.logs
+        assert logs["overflow_count"] == 1, seen.logs
+        assert logs["overflow_total"] == 1 + epoch, seen.logs
+        assert logs["loss_scale"] == MAX_SCALE / 2 ** (1 + epoch), seen.logs
+    assert len(seen.logs) == 2, seen.logs
+    print("monitored", flush=True)

@@ -5,7 +5,7 @@ python jax_devices.py curves data|model INNER...
 python jax_devices.py collectives data|model
 python jax_devices.py missing data|model
 python jax_devices.py inspected data|model
-python jax_devices.py memory data PORT PROCESSES INDEX
+python jax_devices.py monitored FOLDER PORT PROCESSES INDEX
 """
 
 import collections
@@ -171,12 +171,12 @@ def survive(kind, inner, *cluster):
     print("digest", trainer.digest(), flush=True)
 
 
-def memory(kind, *cluster):
+def monitored(folder, *cluster):
     join(*cluster)
-    keras.distribution.set_distribution(distribution(kind))
+    keras.distribution.set_distribution(distribution("data"))
     size = jax.process_index(), jax.process_count()
     wait = functools.partial(multihost_utils.sync_global_devices, "noted")
-    faults.memory(Trainer("plain"), *size, wait)
+    faults.monitored(Trainer("plain"), *size, wait, folder)
 
 
 def curves(kind, *inners):

@@ -7,7 +7,7 @@
     ... python torch_processes.py watched FOLDER EPOCHS
     ... python torch_processes.py dying
     ... python torch_processes.py collectives
-    ... python torch_processes.py memory
+    ... python torch_processes.py monitored FOLDER
 """
 
 import collections
@@ -164,9 +164,9 @@ def dying():
     trainer.run(*faults.batches(10))
 
 
-def memory():
+def monitored(folder):
     size = dist.get_rank(), dist.get_world_size()
-    faults.memory(Trainer("plain"), *size, dist.barrier)
+    faults.monitored(Trainer("plain"), *size, dist.barrier, folder)
 
 
 def collectives():

@@ -4,6 +4,7 @@ TF_CONFIG=.. python workers.py survive INNER
 TF_CONFIG=.. python workers.py curves INNER...
 TF_CONFIG=.. python workers.py watched FOLDER EPOCHS
 TF_CONFIG=.. python workers.py dying
+TF_CONFIG=.. python workers.py monitored FOLDER
 TF_CONFIG=.. python workers.py collectives
 """
 
@@ -83,6 +84,10 @@ def workers():
     return len(json.loads(os.environ["TF_CONFIG"])["cluster"]["worker"])
 
 
+def index():
+    return json.loads(os.environ["TF_CONFIG"])["task"]["index"]
+
+
 def survive(inner):
     trainer = Trainer(tf.distribute.MultiWorkerMirroredStrategy(), inner)
     faults.survive(trainer, trainer.optimizer, workers())
@@ -103,12 +108,11 @@ def dying():
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
     trainer = Trainer(strategy, "plain")
     compute_loss = trainer.model.compute_loss
-    worker = json.loads(os.environ["TF_CONFIG"])["task"]["index"]
     steps = []
 
     def die_in_time(loss):
         steps.append(loss)
-        if worker == 1 and len(steps) == 5:
+        if index() == 1 and len(steps) == 5:
             os.kill(os.getpid(), signal.SIGKILL)
         return loss
 
@@ -119,6 +123,16 @@ def dying():
 
     trainer.model.compute_loss = compute_loss_or_die
     trainer.run(*faults.batches(10))
+
+
+def monitored(folder):
+    strategy = tf.distribute.MultiWorkerMirroredStrategy()
+
+    def wait():
+        ones = strategy.run(lambda: tf.constant(1.0))
+        assert float(strategy.reduce("SUM", ones, axis=None)) == workers()
+
+    faults.monitored(Trainer(strategy, "plain"), index(), workers(), wait, folder)
 
 
 def collectives():
