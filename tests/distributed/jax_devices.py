@@ -5,6 +5,8 @@ python jax_devices.py curves data|model INNER...
 python jax_devices.py collectives data|model
 python jax_devices.py missing data|model
 python jax_devices.py inspected data|model
+python jax_devices.py watched FOLDER EPOCHS PORT PROCESSES INDEX
+python jax_devices.py dying FOLDER 0 PORT PROCESSES INDEX
 python jax_devices.py monitored FOLDER PORT PROCESSES INDEX
 """
 
@@ -159,6 +161,26 @@ def watched(folder, epochs, *cluster):
     join(*cluster)
     keras.distribution.set_distribution(distribution("data"))
     faults.watched(Trainer("most"), folder, int(epochs), jax.process_index() == 0)
+
+
+def dying(folder, victim, *cluster):
+    """The first process dies in its fifth step, after the forward pass.
+
+    Another cannot: the step is one program, and calls back on the first device.
+    """
+    join(*cluster)
+    keras.distribution.set_distribution(distribution("data"))
+    trainer = Trainer("most")
+    die = faults.dies_in_fifth_call(jax.process_index() == int(victim))
+    compute_loss = trainer.model.compute_loss
+
+    def compute_loss_or_die(*args, **kwargs):
+        loss = compute_loss(*args, **kwargs)
+        jax.debug.callback(die, loss)
+        return loss
+
+    trainer.model.compute_loss = compute_loss_or_die
+    faults.watched(trainer, folder, 4, jax.process_index() == 0)
 
 
 def survive(kind, inner, *cluster):

@@ -5,7 +5,7 @@
     ... python torch_processes.py loop INNER
     ... python torch_processes.py curves INNER...
     ... python torch_processes.py watched FOLDER EPOCHS
-    ... python torch_processes.py dying
+    ... python torch_processes.py dying FOLDER VICTIM
     ... python torch_processes.py collectives
     ... python torch_processes.py monitored FOLDER
 """
@@ -13,9 +13,7 @@
 import collections
 import contextlib
 import hashlib
-import os
 import pathlib
-import signal
 import sys
 import time
 
@@ -149,19 +147,19 @@ def watched(folder, epochs):
     faults.watched(Trainer("most"), folder, int(epochs), dist.get_rank() == 0)
 
 
-def dying():
-    """The second process dies in its fifth step, after the forward pass."""
-    trainer, losses = Trainer("plain"), []
+def dying(folder, victim):
+    """One process dies in its fifth step, after the forward pass."""
+    trainer = Trainer("most")
+    die = faults.dies_in_fifth_call(dist.get_rank() == int(victim))
     compute_loss = trainer.model.compute_loss
 
     def compute_loss_or_die(*args, **kwargs):
-        losses.append(compute_loss(*args, **kwargs))
-        if dist.get_rank() == 1 and len(losses) == 5:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return losses[-1]
+        loss = compute_loss(*args, **kwargs)
+        die(loss)
+        return loss
 
     trainer.model.compute_loss = compute_loss_or_die
-    trainer.run(*faults.batches(10))
+    faults.watched(trainer, folder, 4, dist.get_rank() == 0)
 
 
 def monitored(folder):

@@ -3,7 +3,7 @@
 TF_CONFIG=.. python workers.py survive INNER
 TF_CONFIG=.. python workers.py curves INNER...
 TF_CONFIG=.. python workers.py watched FOLDER EPOCHS
-TF_CONFIG=.. python workers.py dying
+TF_CONFIG=.. python workers.py dying FOLDER VICTIM
 TF_CONFIG=.. python workers.py monitored FOLDER
 TF_CONFIG=.. python workers.py collectives
 """
@@ -12,7 +12,6 @@ import collections
 import hashlib
 import json
 import os
-import signal
 import sys
 
 import faults
@@ -103,26 +102,20 @@ def watched(folder, epochs):
     faults.watched(trainer, folder, int(epochs), is_chief)
 
 
-def dying():
-    """The second worker dies in its fifth step, after the forward pass."""
+def dying(folder, victim):
+    """One worker dies in its fifth step, after the forward pass."""
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
-    trainer = Trainer(strategy, "plain")
+    trainer = Trainer(strategy, "most")
+    die = faults.dies_in_fifth_call(index() == int(victim))
     compute_loss = trainer.model.compute_loss
-    steps = []
-
-    def die_in_time(loss):
-        steps.append(loss)
-        if index() == 1 and len(steps) == 5:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return loss
 
     def compute_loss_or_die(*args, **kwargs):
         loss = compute_loss(*args, **kwargs)
-        with tf.control_dependencies([tf.py_function(die_in_time, [loss], tf.float32)]):
+        with tf.control_dependencies([tf.py_function(die, [loss], [])]):
             return tf.identity(loss)
 
     trainer.model.compute_loss = compute_loss_or_die
-    trainer.run(*faults.batches(10))
+    faults.watched(trainer, folder, 4, strategy.extended.should_checkpoint)
 
 
 def monitored(folder):
