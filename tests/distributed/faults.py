@@ -100,10 +100,12 @@ class Expected:
     """The rule in plain Python: what the scale and the counter should be."""
 
     def __init__(self):
-        self.scale, self.tracker, self.overflows = MAX_SCALE, 0, 0
+        self.scale, self.tracker = MAX_SCALE, 0
+        self.overflows, self.consecutive = 0, 0
 
     def step(self, finite):
         self.tracker = self.tracker + 1 if finite else 0
+        self.consecutive = 0 if finite else self.consecutive + 1
         if not finite:
             self.overflows += 1
             self.scale = max(self.scale / 2, 2.0**-14)
@@ -114,10 +116,27 @@ class Expected:
 def check(optimizer, expected, replicas):
     """Compare counters, and the variables of all replicas, bit for bit."""
     assert optimizer.overflow_count == expected.overflows, optimizer.overflow_count
+    consecutive = optimizer.consecutive_overflows
+    assert consecutive == expected.consecutive, consecutive
     assert float(optimizer.loss_scale) == expected.scale, optimizer.loss_scale
     for name, copies in replicas.items():
         assert all(np.isfinite(c).all() for c in copies), name
         assert all(c.tobytes() == copies[0].tobytes() for c in copies), name
+
+
+def untouched(trainer, optimizer):
+    """Path -> bits of all that a skipped step leaves as it is, copies included.
+
+    The optimizer's own variables change: the scale and the counters.
+    """
+    inner = {v.path for v in optimizer.inner_optimizer.variables}
+    own = {v.path for v in optimizer.variables} - inner
+    kept = {k: c for k, c in trainer.state().items() if k.split()[1] not in own}
+    assert len(kept) > len(trainer.model.trainable_variables), list(kept)
+    # BatchNormalization's statistics, of which replicas may have each its own.
+    for i, v in enumerate(trainer.model.non_trainable_variables):
+        kept[f"statistics {i}"] = [keras.ops.convert_to_numpy(v)]
+    return {key: [c.tobytes() for c in copies] for key, copies in kept.items()}
 
 
 def survive(trainer, optimizer, replicas):
@@ -132,10 +151,21 @@ def survive(trainer, optimizer, replicas):
         check(optimizer, expected, trainer.state())
         return loss
 
+    def skip(count, sample, kind):
+        before = untouched(trainer, optimizer)
+        train(count, range(count), sample, kind)
+        after = untouched(trainer, optimizer)
+        changed = [key for key in before if before[key] != after[key]]
+        assert not changed and len(before) == len(after), changed
+
     for replica in range(replicas):
         for kind in ("forward", "gradient"):
-            train(3, [1], replica * BATCH // replicas, kind)
-    train(200, range(200), BATCH - 1)
+            sample = replica * BATCH // replicas
+            train(3, [1], sample, kind)
+            skip(1, sample, kind)
+    train(1)
+    for kind in ("forward", "gradient"):
+        skip(100, BATCH - 1, kind)
     assert optimizer.loss_scale == 2.0**-14 and optimizer.consecutive_overflows == 200
     losses = [train(40) for _ in range(4)]
     assert losses[-1] < 0.8 * losses[0], losses
