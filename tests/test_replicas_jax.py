@@ -30,6 +30,7 @@ def test_eight_devices_learn_as_one_does(kind):
     inners = ["plain", "accumulation", "averaging", "global_clipnorm", "all"]
     (output,) = run(SCRIPT, [["curves", kind, *inners]], EIGHT, deadline=300)
     assert output.count("same curve") == len(inners)
+    assert "same in half precision" in output
 
 
 @pytest.mark.parametrize(

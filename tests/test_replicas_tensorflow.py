@@ -40,6 +40,7 @@ def test_one_device_survives_with_xla_and_without_and_several_refuse_it():
 def test_replicas_learn_as_one_device_does(replicas, inners):
     (output,) = run(MIRRORED, [["curves", replicas, *inners]], deadline=400)
     assert output.count("same curve") == len(inners)
+    assert "same in half precision" in output
 
 
 def test_accumulation_sums_over_replicas_and_survives_an_overflow():

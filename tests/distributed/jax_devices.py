@@ -213,6 +213,9 @@ def curves(kind, *inners):
         np.testing.assert_allclose(together, alone, rtol=1e-4)
         assert alone[-1] < 0.9 * alone[0], alone
         print("same curve with", inner, together, flush=True)
+    alone = curve("plain", "mixed_float16")
+    keras.distribution.set_distribution(distribution(kind))
+    faults.check_half_curves(curve("plain", "mixed_float16"), alone)
 
 
 def collectives(kind):
@@ -346,8 +349,8 @@ def _count(program):
     return {name: tuple(map(int, counts)) for name, counts in found.items()}
 
 
-def curve(inner):
-    trainer = Trainer(inner, dtype="float32", batch_normalization=False)
+def curve(inner, dtype="float32"):
+    trainer = Trainer(inner, dtype=dtype, batch_normalization=False)
     return trainer.run(*faults.batches(8), epochs=4)
 
 

@@ -195,10 +195,12 @@ def curves(*inners):
         np.testing.assert_allclose(in_parts, alone, rtol=1e-4)
         assert alone[-1] < 0.9 * alone[0], alone
         print("same curve with", inner, together, flush=True)
+    half = [curve("plain", dtype="mixed_float16", wrap=wrap) for wrap in (True, False)]
+    faults.check_half_curves(*half)
 
 
-def curve(inner, **options):
-    trainer = Trainer(inner, dtype="float32", batch_normalization=False, **options)
+def curve(inner, dtype="float32", **options):
+    trainer = Trainer(inner, dtype=dtype, batch_normalization=False, **options)
     return trainer.run(*faults.batches(8), epochs=4)
 
 

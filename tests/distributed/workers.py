@@ -5,6 +5,7 @@ TF_CONFIG=.. python workers.py curves INNER...
 TF_CONFIG=.. python workers.py watched FOLDER EPOCHS
 TF_CONFIG=.. python workers.py dying FOLDER VICTIM
 TF_CONFIG=.. python workers.py monitored FOLDER
+TF_CONFIG=.. python workers.py refused
 TF_CONFIG=.. python workers.py collectives
 """
 
@@ -88,7 +89,11 @@ def index():
 
 
 def survive(inner):
-    trainer = Trainer(tf.distribute.MultiWorkerMirroredStrategy(), inner)
+    strategy = tf.distribute.MultiWorkerMirroredStrategy()
+    if tf.config.list_logical_devices("GPU"):
+        # As in `mirrored.py`.
+        tf.config.experimental.enable_op_determinism()
+    trainer = Trainer(strategy, inner, embedding=True)
     faults.survive(trainer, trainer.optimizer, workers())
     statistics = [np.asarray(v) for v in trainer.model.non_trainable_variables]
     assert all(np.isfinite(s).all() for s in statistics)
@@ -128,6 +133,18 @@ def monitored(folder):
     faults.monitored(Trainer(strategy, "plain"), index(), workers(), wait, folder)
 
 
+def refused():
+    """Keras itself refuses to `fit` on several workers."""
+    with tf.distribute.MultiWorkerMirroredStrategy().scope():
+        model = keras.Sequential([keras.Input((8,)), keras.layers.Dense(1)])
+        model.compile("sgd", "mse")
+    try:
+        model.fit(np.zeros((8, 8)), np.zeros((8, 1)), verbose=0)
+    except ValueError as error:
+        assert "PerReplica" in str(error), error
+        print("refused", flush=True)
+
+
 def collectives():
     """Scaling the loss adds nothing to what the workers tell each other."""
     strategy = tf.distribute.MultiWorkerMirroredStrategy()
@@ -154,11 +171,17 @@ def curves(*inners):
         alone = curve(tf.distribute.get_strategy(), inner)
         together = curve(strategy, inner)
         np.testing.assert_allclose(together, alone, rtol=1e-4)
+        assert alone[-1] < 0.9 * alone[0], alone
         print("same curve with", inner, together, flush=True)
+    half = [
+        curve(each, "plain", "mixed_float16")
+        for each in (strategy, tf.distribute.get_strategy())
+    ]
+    faults.check_half_curves(*half)
 
 
-def curve(strategy, inner):
-    trainer = Trainer(strategy, inner, dtype="float32", batch_normalization=False)
+def curve(strategy, inner, dtype="float32"):
+    trainer = Trainer(strategy, inner, dtype=dtype, batch_normalization=False)
     return trainer.run(*faults.batches(8), epochs=4)
 
 
