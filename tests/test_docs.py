@@ -160,5 +160,7 @@ def run_python(*words):
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": search_path(ROOT)},
+        # For what hangs: no bound for a busy machine.
+        timeout=60 * 60,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
