@@ -36,9 +36,9 @@ def net(width):
 def make_step(strategy, model, optimizer, loss_fn):
     """Return one worker's step: gradients, then the update or the skip."""
 
-    def on_replica(x, y):
+    def on_replica(x, y, weights=None):
         with tf.GradientTape() as tape:
-            loss = loss_fn(y, model(x, training=True))
+            loss = loss_fn(y, model(x, training=True), weights)
             scaled = optimizer.scale_loss(loss)
         variables = model.trainable_variables
         optimizer.apply(tape.gradient(scaled, variables), variables)
@@ -56,7 +56,8 @@ def train(strategy, datasets, steps, optimizer="adam", width=32):
 
     Args:
         strategy: `tf.distribute.ParameterServerStrategy`.
-        datasets: Callable without arguments that returns a worker's `tf.data.Dataset`.
+        datasets: Callable without arguments that returns a worker's `tf.data.Dataset`
+            of `(x, y)` or `(x, y, weight)`.
         steps: Int, steps of all workers together.
         optimizer: The inner optimizer or its name. Defaults to `"adam"`.
         width: Int, units of the hidden layer. Defaults to `32`.
