@@ -36,11 +36,17 @@ class Links:
     NCCL, `src/graph/tuning.cc`, `baseLat` and `hwLat` for the LL protocol, at commit
     01afd20): `base` per call, `inside` per hop over NVLink, `between` per hop over the
     network. Hops inside a host cost 1.8 times as much once there are several hosts.
+    Volta and Ampere GPUs are what that file knows; `LATER` has one's that knows Hopper.
     """
 
     tree: tuple[float, float, float] = (4.4, 0.52, 5.0)
     ring: tuple[float, float, float] = (3.6, 0.47, 2.7)
     per_host: int = 8
+    slower: float = 1.8
+
+
+# The same file at commit b647562; the network's own latency, which it adds, left out.
+LATER = Links(tree=(6.8, 0.6, 5.0), ring=(6.6, 0.6, 2.7), slower=1.0)
 
 
 def scalar_all_reduce(replicas: int, links: Links = Links()) -> float:
@@ -49,6 +55,8 @@ def scalar_all_reduce(replicas: int, links: Links = Links()) -> float:
         tree: base + 2 ((per_host - 1) inside + log2(hosts) between)
         ring: base + 2 ((replicas - hosts) inside + (hosts - 1) between)
 
+    with `slower` times `inside` where there are several hosts.
+
     Source: `ncclTopoTuneModel` in the file that `Links` names.
 
     Args:
@@ -56,7 +64,7 @@ def scalar_all_reduce(replicas: int, links: Links = Links()) -> float:
         links: `Links`. Defaults to NCCL's own figures.
     """
     hosts = math.ceil(replicas / links.per_host)
-    slower = 1.8 if hosts > 1 else 1.0
+    slower = links.slower if hosts > 1 else 1.0
     base, inside, between = links.tree
     per_host = min(replicas, links.per_host)
     hops = (per_host - 1) * inside * slower + math.log2(hosts) * between
@@ -91,6 +99,7 @@ def predict(replicas: int, step_ms: float) -> dict:
         "replicas": replicas,
         "own_all_reduce_us": round(alone, 1),
         "own_all_reduce_percent": round(alone / step_ms / 10, 3),
+        "own_all_reduce_later_us": round(scalar_all_reduce(replicas, LATER), 1),
         "appended_us": round(appended(), 5),
         "read_off_the_sum_us": 0.0,
         "step_ms": step_ms,

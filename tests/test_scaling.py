@@ -31,6 +31,16 @@ def test_an_all_reduce_of_a_scalar(replicas, expected):
     assert collectives.scalar_all_reduce(replicas) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    "replicas, expected",
+    # 6.6 + 2 * 7 * 0.6; 6.8 + 2 * (7 * 0.6 + 3 * 5), no hop slower than in one host.
+    [(2, 7.8), (8, 15.0), (64, 45.2)],
+)
+def test_an_all_reduce_by_later_figures(replicas, expected):
+    found = collectives.scalar_all_reduce(replicas, collectives.LATER)
+    assert found == pytest.approx(expected)
+
+
 def test_processes_of_one_host_are_a_ring_however_many():
     links = collectives.loopback(base=10.0, hop=3.0)
     # 10 + 2 (n - 1) 3, also where NCCL's figures would see several hosts.
@@ -86,7 +96,8 @@ def test_the_document_has_the_computed_rows():
     for replicas in (8, 64, 1024, 8192):
         row = collectives.predict(replicas, 16.8)
         time, share = row["own_all_reduce_us"], row["own_all_reduce_percent"]
-        assert f"| {replicas} | {time} us | {share:.2f}% |" in text
+        later = row["own_all_reduce_later_us"]
+        assert f"| {replicas} | {time} us | {share:.2f}% | {later} us |" in text
 
 
 def test_the_document_has_the_rows_of_local_processes():
