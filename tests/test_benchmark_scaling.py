@@ -1,5 +1,6 @@
 """What surrounds the clock of benchmarks/scaling.py: processes, memory, the table."""
 
+import itertools
 import json
 import pathlib
 import sys
@@ -221,6 +222,60 @@ def measured(way, devices, ms, **fields):
     row |= {"overflows_survived": "yes" if way == "mp" else None}
     row |= {"device": "GPU", "date": "2026-01-01", "versions": {"keras": "3.15.1"}}
     return row | fields
+
+
+def test_a_plot_has_a_line_for_each_way(monkeypatch, tmp_path):
+    figure = pytest.importorskip("matplotlib.figure")
+    from matplotlib.image import imread
+
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import scaling
+
+    def launch(devices, way, options):
+        return measured(way, devices, {"mp": 10.0, "none": 8.0}[way] + devices)
+
+    drawn, save = [], figure.Figure.savefig
+
+    def noted(self, *args, **options):
+        drawn.append(self)
+        return save(self, *args, **options)
+
+    monkeypatch.setattr(scaling, "launch", launch)
+    monkeypatch.setattr(figure.Figure, "savefig", noted)
+    picture = tmp_path / "scaling.png"
+    command = ["scaling", "--devices", "2", "1", "--scaling", "mp", "none"]
+    monkeypatch.setattr("sys.argv", [*command, "--plot", str(picture)])
+    scaling.main()
+    # Colours, of which there are some besides black and white.
+    pixels = imread(picture)[:, :, :3].reshape(-1, 3)
+    assert (np.ptp(pixels, axis=1) > 0.5).any()
+    (axes,) = drawn[0].axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+    assert lines == {"none": [[1, 9], [2, 10]], "mp": [[1, 11], [2, 12]]}
+    assert axes.get_title() == "jax, bert, full, GPU"
+    assert axes.get_ylim()[0] == 0
+
+
+def test_the_rows_of_logical_devices_are_what_the_document_says(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import report_benchmarks
+
+    results = BENCHMARKS / "results"
+    rows = report_benchmarks.read(results / "scaling-cpu")
+    found = {(row["backend"], row["devices"], row["scaling"]) for row in rows}
+    backends, ways = ("tensorflow", "jax", "torch"), ("none", "keras", "mp")
+    assert found == {*itertools.product(backends, (1, 2, 4), ways)}
+    assert len(rows) == len(found)
+    for row in rows:
+        assert row["memory_of"] == "host"
+        assert row["copies_parted"] == ""
+        assert row["overflows_survived"] == ("yes" if row["scaling"] == "mp" else None)
+    # They are no figures of speed: the page that is generated has none of them.
+    assert all(
+        row["memory_of"] == "device"
+        for row in report_benchmarks.read(results)
+        if row["benchmark"] == "scaling"
+    )
 
 
 def test_the_table_of_several_gpus(monkeypatch):
