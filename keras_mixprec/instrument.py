@@ -32,6 +32,7 @@ class Instrument:
         self._model, self._optimizer = model, model.optimizer
         self._probes = Probes(model, chosen, calls, model.steps_per_execution)
         self._own = {id(v) for v in self._probes.variables}
+        self._routes: dict = {}
         # What the probes hold between two steps on JAX: nothing that matters.
         self._held = None
         self._function = self._make_function()
@@ -111,7 +112,7 @@ class Instrument:
             with (
                 # Where a step is compiled it passes here once, when it is traced.
                 self._tracked(),
-                intercepted(layers, self._tap_outputs),
+                intercepted(layers, self._tap_outputs, self._routes),
                 self._intercepted_optimizer(),
             ):
                 return train_step(*args)

@@ -12,20 +12,27 @@ import keras
 
 
 @contextlib.contextmanager
-def intercepted(operations: Iterable[keras.Operation], around: Callable) -> Iterator:
+def intercepted(
+    operations: Iterable[keras.Operation], around: Callable, kept: dict | None = None
+) -> Iterator:
     """Inside, route every call of the operations through a function.
 
     Args:
         operations: Layers or other `keras.Operation`.
         around: Called as `around(operation, call, args, kwargs)` in place of
             `call(*args, **kwargs)`.
+        kept: Dict for this very `around`, in which routes are kept from one time to
+            the next. Defaults to none: they are made anew.
     """
-    before = []
+    before, kept = [], {} if kept is None else kept
     try:
         for operation in operations:
+            call, known = operation.call, kept.get(operation)
+            if known is None or known[0] != call:
+                known = kept[operation] = call, _routed(operation, call, around)
             before.append((operation, vars(operation).get("call")))
             # Past Keras's bookkeeping of attributes: an eager step does this anew.
-            vars(operation)["call"] = _routed(operation, operation.call, around)
+            vars(operation)["call"] = known[1]
         yield
     finally:
         for operation, own in before:

@@ -61,6 +61,7 @@ class Probes:
         self.compiles = self._carrier.compiles
         self._sources: dict[tuple[int, int], tuple[int, int]] = {}
         self._tapped: dict[int, tuple] = {}
+        self._called: dict[int, int] = {}
 
     @property
     def layers(self) -> list[keras.Layer]:
@@ -73,7 +74,7 @@ class Probes:
 
     def start(self) -> None:
         """Begin a step: no layer was called yet."""
-        self._sources, self._tapped = {}, {}
+        self._sources, self._tapped, self._called = {}, {}, {}
         self._carrier.start()
 
     def tap(self, layer: keras.Layer, x: Any) -> Any:
@@ -88,11 +89,10 @@ class Probes:
         if keras.backend.is_keras_tensor(x) or not hasattr(x, "dtype"):
             return x
         index = self._index[id(layer)]
-        call = next(
-            i for i in range(self._calls + 1) if (index, i) not in self._sources
-        )
-        if not is_float(x) or call == self._calls:
+        call = self._called.get(index, 0)
+        if call == self._calls or not is_float(x):
             return x
+        self._called[index] = call + 1
         known, source = self._tapped.get(id(x), (None, None))
         if known is not None and known() is x:
             self._sources[index, call] = source

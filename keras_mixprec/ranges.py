@@ -91,7 +91,7 @@ def measure(x: Any) -> Any:
         float32 tensor of shape `(len(FIELDS),)`; counts are exact up to 2**24, the
         smallest magnitude is inf where there is none.
     """
-    return total(partial(x))[0]
+    return total(partial(x)[0])[0]
 
 
 def measure_array(x: np.ndarray) -> np.ndarray:
@@ -104,8 +104,8 @@ def measure_array(x: np.ndarray) -> np.ndarray:
     return np.stack(_statistics(np, x, (1,)))[:, 0] if x.size else _nothing(np, ())
 
 
-def partial(x: Any, barrier: Callable = lambda x: x) -> Any:
-    """Return statistics of `ROWS` parts of a tensor, for `total`.
+def partial(x: Any, barrier: Callable | None = None) -> tuple[Any, Any]:
+    """Return statistics of `ROWS` parts of a tensor, for `total`, and the tensor.
 
     XLA makes one kernel of this that reads the tensor once. Statistics of the whole
     at once take eight: one that reads the tensor, and for each statistic another that
@@ -113,27 +113,31 @@ def partial(x: Any, barrier: Callable = lambda x: x) -> Any:
 
     Args:
         x: Tensor of any float dtype and shape.
-        barrier: Identity that the compiler does not look through.
+        barrier: Identity that the compiler does not look through. Defaults to none.
 
     Returns:
-        float32 tensor of shape `(PARTIAL,)`. Flat, since XLA joins concatenations of
-        concatenations where they are along one axis.
+        float32 tensor of shape `(PARTIAL,)`, flat, since XLA joins concatenations of
+        concatenations where they are along one axis; and `x`, behind the barrier: as
+        the rows lie in memory, so that who reads that needs no `x` in another layout.
     """
     known = [n for n in x.shape if n is not None]
     size = math.prod(known)
     if not size:
-        return ops.reshape(_nothing(ops, (ROWS,)), (PARTIAL,))
+        return ops.reshape(_nothing(ops, (ROWS,)), (PARTIAL,)), x
     rows = next(n for n in range(min(size, ROWS), 0, -1) if size % n == 0)
     columns = size // rows if len(known) == len(x.shape) else -1
     parts = next((n for n in (1, 2, 4, 8) if 0 < columns <= _COLUMNS * n), 1)
     parts = parts if columns % parts == 0 else 1
-    x = ops.reshape(x, (parts, rows, -1 if columns < 0 else columns // parts))
-    found = _statistics(ops, barrier(x), (0, 2))
+    table = ops.reshape(x, (parts, rows, -1 if columns < 0 else columns // parts))
+    if barrier is not None:
+        table = barrier(table)
+        x = ops.reshape(table, ops.shape(x))
+    found = _statistics(ops, table, (0, 2))
     if rows < ROWS:
         fill = [0.0] * (len(FIELDS) - 1) + [float("inf")]
         padding = [ops.full((ROWS - rows,), value, "float32") for value in fill]
         found = [part for pair in zip(found, padding, strict=True) for part in pair]
-    return ops.concatenate(found)
+    return ops.concatenate(found), x
 
 
 def total(partials: Any) -> Any:

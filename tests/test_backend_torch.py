@@ -24,6 +24,7 @@ from keras_mixprec import ranges  # noqa: E402
 from keras_mixprec.backend import engine  # noqa: E402
 from keras_mixprec.backend import torch_backup  # noqa: E402
 from keras_mixprec.backend import torch_carrier  # noqa: E402
+from keras_mixprec.ranges import FIELDS  # noqa: E402
 
 VALUES = [
     torch.tensor([1.5, -0.0, torch.nan, torch.inf]),
@@ -344,3 +345,17 @@ def test_a_compiled_step_is_skipped_whole():
         model.train_on_batch(x, y)
     assert_skipped_whole(model, np.full_like(x, np.inf), y)
     assert model.optimizer.overflow_count == 1
+
+
+def test_what_is_written_into_is_measured_as_it_was():
+    carrier = torch_carrier.PendingCarrier(["a", "b"], 1)
+    found = []
+    for written in ([0], [0, 1], [0, 1]):
+        for layer in (0, 1):
+            x = torch.full((4,), 2.0 + layer)
+            carrier.tap(layer, 0, x)
+            if layer in written:
+                x += 100
+        found.append(carrier.rows(None, [])[:, FIELDS.index("max_abs")].tolist())
+    # Into the second layer's output nobody wrote at first: it was not copied.
+    assert found == [[2, 0, 3, 0], [2, 0, 0, 0], [2, 0, 3, 0]]

@@ -9,6 +9,7 @@ and branches included, where a tensor could not be handed out by other means.
 import math
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_mixprec.ranges import FIELDS
@@ -30,6 +31,8 @@ class GradientCarrier:
         paths: Strings, of the layers.
         calls: Int, how many calls or outputs of a layer to measure in a step.
         partial: Function of a tensor, `ranges.partial` as the backend runs it best.
+            The gradient that it returns is what goes on to the layers before: XLA
+            would else write most gradients out twice, in two layouts.
     """
 
     compiles = True
@@ -37,23 +40,28 @@ class GradientCarrier:
     def __init__(self, paths: list, calls: int, partial):
         self._calls, self._partial = calls, partial
         self.variables = [_probe(calls, path) for path in paths]
+        self.start()
 
     def start(self):
         """Begin a step."""
+        # Calls of each layer, as far as they were measured.
+        self._called = [0] * len(self.variables)
 
     def tap(self, layer: int, call: int, x):
         """Return `x` with the probe of a layer attached to it."""
+        self._called[layer] = max(self._called[layer], call + 1)
         partial = self._partial
         before, after = 2 * call, 2 * (self._calls - call - 1)
 
         @ops.custom_gradient
         def identity(x, probe):
-            forward = partial(x)
+            forward, _ = partial(x)
 
             def gradient(*args, upstream=None):
                 upstream = args[0] if upstream is None else upstream
+                backward, upstream = partial(upstream)
                 none = ops.zeros((before * PARTIAL,)), ops.zeros((after * PARTIAL,))
-                parts = [none[0], forward, partial(upstream), none[1]]
+                parts = [none[0], forward, backward, none[1]]
                 return upstream, ops.concatenate(parts)
 
             return x, gradient
@@ -70,10 +78,22 @@ class GradientCarrier:
         Returns:
             float32 tensor of shape `(2 * layers * calls + weights, len(FIELDS))`.
         """
-        none = ops.zeros((2 * self._calls * PARTIAL,))
-        found = [gradient_of(probe) for probe in self.variables]
-        taps = [none if g is None else g for g in found]
-        return ops.concatenate([*_totals(taps), *self._of_weights(weights)])
+        of_taps = self._of_taps(gradient_of)
+        return ops.concatenate([of_taps, *self._of_weights(weights)])
+
+    def _of_taps(self, gradient_of):
+        # Most calls that a probe has room for are never made: XLA drops their part.
+        taps, index = [], [0] * (2 * self._calls * len(self.variables))
+        found = 0
+        for layer, probe in enumerate(self.variables):
+            gradient, used = gradient_of(probe), 2 * self._called[layer]
+            if gradient is not None and used:
+                taps.append(gradient[: used * PARTIAL])
+                first = 2 * self._calls * layer
+                index[first : first + used] = range(found + 1, found + used + 1)
+                found += used
+        rows = [ops.zeros((1, len(FIELDS))), *_totals(taps)]
+        return ops.take(ops.concatenate(rows), np.array(index, "int32"), axis=0)
 
     def _of_weights(self, grads):
         # TensorFlow's sparse gradients: the values alone.
@@ -87,7 +107,8 @@ class GradientCarrier:
                 kind = None if g is None else (tuple(g.shape), g.dtype)
                 groups.setdefault(kind, []).append(i)
         for i in range(0, len(large), _JOINED):
-            rows += _totals([self._partial(grads[i]) for i in large[i : i + _JOINED]])
+            joined = [self._partial(grads[i])[0] for i in large[i : i + _JOINED]]
+            rows += _totals(joined)
         order += large
         for kind, members in groups.items():
             order += members

@@ -188,7 +188,9 @@ def carrier(paths, calls):
 def _partial(x):
     # XLA joins reductions of one tensor in one kernel, but not those of what a Triton
     # kernel of its own wrote. Behind a barrier it cannot tell.
-    return ranges.partial(x, jax.lax.optimization_barrier)
+    found, same = ranges.partial(x, jax.lax.optimization_barrier)
+    # How a tensor is split over devices is not ours to change.
+    return found, same if keras.distribution.distribution() is None else x
 
 
 def _devices():

@@ -105,7 +105,7 @@ def _partial(x):
         return ranges.partial(x, lambda x: xla_ops.optimization_barrier(x)[0])
     if _gpus() and not tf.executing_eagerly():
         # Op by op a GPU would wait for thirty launches.
-        return _compiled_partial(x)
+        return _compiled_partial(x), x
     return ranges.partial(x)
 
 
@@ -113,7 +113,7 @@ def _partial(x):
     tf.function, jit_compile=True, autograph=False, reduce_retracing=False
 )
 def _compiled_partial(x):
-    return ranges.partial(x)
+    return ranges.partial(x)[0]
 
 
 def _gpus():

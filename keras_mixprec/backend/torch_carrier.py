@@ -19,8 +19,8 @@ _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 # many, which a GPU adds to the same few numbers one after the other; of long ones more
 # is filler, which keeps a CPU busy.
 _COLUMNS = {"cuda": 2**14, "cpu": 2**10}
-# Bytes of rows of one dtype that wait before they are measured. Meanwhile they take
-# about twice that, and four times where nothing compiles.
+# Bytes of tensors that wait before they are measured. Meanwhile they take about twice
+# that, and four times where nothing compiles.
 _WAITING = 2**29
 # Kept at most: with batches of ever new shapes there would be no end.
 _LAYOUTS = 256
@@ -41,18 +41,28 @@ class PendingCarrier:
     def __init__(self, paths: list, calls: int):
         self._calls, self._taps = calls, 2 * calls * len(paths)
         self._layouts: dict = {}
+        # Outputs that code goes on to write into (`x += y`): they are copied. Which
+        # ones is found out in the first step, in which all are.
+        self._written: set = set()
+        self._learns = True
         self.start()
 
     def start(self):
         """Begin a step."""
-        self._waiting: dict = {}
+        self._waiting: list = []
+        self._bytes = 0
+        self._watched: list = []
         self._measured: dict = {}
 
     def tap(self, layer: int, call: int, x):
         """Return `x`, which is measured."""
         row = 2 * (layer * self._calls + call)
-        # A copy: code may go on to write into it (`x += y`).
-        self._take(row, x.detach().clone())
+        kept = x.detach()
+        if row not in self._written:
+            self._watched.append((row, kept, kept._version))
+        if self._learns or row in self._written:
+            kept = kept.clone()
+        self._take(row, kept)
         if x.requires_grad:
             x.register_hook(functools.partial(self._take, row + 1))
         return x
@@ -68,11 +78,12 @@ class PendingCarrier:
         Returns:
             float32 tensor of shape `(2 * layers * calls + weights, len(FIELDS))`.
         """
-        for i, gradient in enumerate(weights):
+        weights = list(weights)
+        for row, gradient in enumerate(weights, self._taps):
             if gradient is not None:
-                self._take(self._taps + i, gradient)
-        for kind in list(self._waiting):
-            self._measure(kind)
+                self._take(row, gradient)
+        self._measure()
+        self._learns = False
         total = self._taps + len(weights)
         if not self._measured:
             return torch.zeros(total, len(FIELDS))
@@ -84,35 +95,47 @@ class PendingCarrier:
         return rows
 
     def _take(self, row, x):
-        if x.element_size() not in _INTEGER:
-            x = x.float()
-        kind = x.dtype, x.device
-        waiting = self._waiting.get(kind)
-        if waiting is None:
-            waiting = self._waiting[kind] = _Waiting([], [], 0)
-        waiting.rows.append(row)
-        waiting.tensors.append(x)
-        columns = _columns(x.device)
-        # What is short is filled up.
-        waiting.bytes += -(-x.numel() // columns) * columns * x.element_size()
-        if waiting.bytes >= _WAITING:
-            self._measure(kind)
+        # Called for every tensor, while the GPU waits: nothing else belongs here.
+        self._waiting.append((row, x))
+        self._bytes += x.nbytes
+        if self._bytes >= _WAITING:
+            self._measure()
 
     @torch.no_grad()
-    def _measure(self, kind):
-        waiting, (dtype, device) = self._waiting.pop(kind), kind
+    def _measure(self):
+        kinds: dict = {}
+        for row, x in self._as_they_were():
+            if x.element_size() not in _INTEGER:
+                x = x.float()
+            kinds.setdefault((x.dtype, x.device), []).append((row, x))
+        self._waiting, self._bytes = [], 0
+        for kind, waiting in kinds.items():
+            self._measure_kind(kind, waiting)
+
+    def _as_they_were(self):
+        written = {row for row, x, version in self._watched if x._version != version}
+        self._written |= written
+        self._watched = []
+        # Without a copy: better no measurement than a wrong one.
+        lost = () if self._learns else written
+        return [(row, x) for row, x in self._waiting if row not in lost]
+
+    def _measure_kind(self, kind, waiting):
+        dtype, device = kind
         measured = self._measured.setdefault(kind, _Measured([], [], []))
         columns = _columns(device)
+        sizes = [x.numel() for _, x in waiting]
         filler = torch.full((columns,), torch.nan, dtype=dtype, device=device)
+        fillers = {n: filler[:n] for n in {-size % columns for size in sizes} if n}
         pieces = []
-        for x in waiting.tensors:
-            size = x.numel()
-            measured.sizes.append(size)
-            pieces.append(x.reshape(-1))
+        for (_, x), size in zip(waiting, sizes, strict=True):
+            pieces.append(x)
             if size % columns:
-                pieces.append(filler[: -size % columns])
-        rows = torch.cat(pieces).reshape(-1, columns)
-        measured.rows += waiting.rows
+                pieces.append(fillers[-size % columns])
+        # One call for all, in any shapes: DistributedDataParallel's way to its buckets.
+        rows = torch._utils._flatten_dense_tensors(pieces).reshape(-1, columns)
+        measured.rows += [row for row, _ in waiting]
+        measured.sizes += sizes
         measured.parts.append(_measuring(dtype, device)(rows))
 
     def _totals(self, kind, measured):
@@ -133,13 +156,6 @@ class PendingCarrier:
             kind = torch.int64
             self._layouts[key] = torch.tensor(make(), dtype=kind, device=device)
         return self._layouts[key]
-
-
-@dataclasses.dataclass
-class _Waiting:
-    rows: list
-    tensors: list
-    bytes: int
 
 
 @dataclasses.dataclass
