@@ -3,19 +3,12 @@
 import os
 import pathlib
 import sys
-import tempfile
 
 # What the processes of several devices share with the tests that start them.
 sys.path.append(str(pathlib.Path(__file__).parent / "distributed"))
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # On models this small torch's threads only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-if os.environ.get("KERAS_BACKEND") == "jax":
-    # Most of the time JAX compiles, much of it what another worker has compiled before.
-    cache = pathlib.Path(tempfile.gettempdir()) / "keras_mixprec_tests_jax"
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 if os.environ.get("KERAS_BACKEND") == "torch":
     # Imported after TensorFlow in one process, torch may segfault.
     import torch  # noqa: F401

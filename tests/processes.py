@@ -61,8 +61,6 @@ class Processes:
             # for others holds one: without some to spare, split weights hang at times.
             "NPROC": "32",
             "DEADLINE": str(self.deadline),
-            # Some count what they compile, and several would share one cache.
-            "JAX_ENABLE_COMPILATION_CACHE": "false",
             # Says where it stands when `_wait_for` aborts it.
             "PYTHONFAULTHANDLER": "1",
         }
