@@ -17,6 +17,9 @@ from planted import masked_mean
 from planted import model_with
 from planted import squaring
 from support import SLOW_ON_JAX
+from support import assert_same_bits
+from support import assert_slots_are_used
+from support import snapshot
 
 import keras_mixprec as mp
 from keras_mixprec import hardware
@@ -180,11 +183,15 @@ class Factors(keras.callbacks.Callback):
             self.layer.factor.assign(self.factors[epoch])
 
 
-def test_what_calms_down_comes_back():
+def times_model(optimizer):
     times = Times(name="times")
     model = keras.Sequential([keras.Input((8,)), times, layers.Dense(4, "softmax")])
-    model.compile(keras.optimizers.SGD(1e-6), "sparse_categorical_crossentropy")
-    mp.convert(model, dry_run=False)
+    model.compile(optimizer, "sparse_categorical_crossentropy")
+    return mp.convert(model, dry_run=False), times
+
+
+def test_what_calms_down_comes_back():
+    model, times = times_model(keras.optimizers.SGD(1e-6))
     factors = Factors(times, [1e6] * 2 + [1.0] * 10)
     adaptive = mp.AdaptivePrecision(patience=2, calm_epochs=3)
     fit(model, adaptive, epochs=12, callbacks=[factors])
@@ -195,11 +202,30 @@ def test_what_calms_down_comes_back():
     assert settled(adaptive, 12)
 
 
+def test_changes_keep_the_optimizers_state():
+    """Out of half precision, which leaves all of the model in float32, and back."""
+    model, times = times_model(keras.optimizers.Adam(1e-6))
+    adaptive, seen = mp.AdaptivePrecision(patience=1, calm_epochs=1), []
+    plain = adaptive._carry_out
+
+    def watched(plan, changes):
+        before = snapshot(model.optimizer, model)
+        plain(plan, changes)
+        if changes:
+            seen.append((before, snapshot(model.optimizer, model)))
+
+    adaptive._carry_out = watched
+    factors = Factors(times, [1.0, 1e6, *[1.0] * 7])
+    fit(model, adaptive, epochs=9, callbacks=[factors])
+    assert [c.epoch for c in adaptive.changes] == [1, 2]
+    assert len(seen) == 2
+    for before, after in seen:
+        assert_slots_are_used(before)
+        assert_same_bits(before, after)
+
+
 def test_an_overflow_in_an_unseen_batch_is_hunted_down():
-    times = Times(name="times")
-    model = keras.Sequential([keras.Input((8,)), times, layers.Dense(4, "softmax")])
-    model.compile(keras.optimizers.SGD(1e-6), "sparse_categorical_crossentropy")
-    mp.convert(model, dry_run=False)
+    model, times = times_model(keras.optimizers.SGD(1e-6))
     factors = Factors(times, [1e3] * 6)
     x, _ = inputs(128)
     x[32:96] *= 100  # Never in the first batch.

@@ -13,6 +13,7 @@ from planted import masked_mean
 from planted import model_with
 from planted import squaring
 from support import assert_same_bits
+from support import assert_slots_are_used
 from support import snapshot
 
 import keras_mixprec as mp
@@ -128,7 +129,7 @@ def test_promotes_the_layer_to_blame_and_trains_on(built, caplog):
 
 
 def test_promotion_keeps_the_optimizers_state():
-    model, seen = half_model(squaring), []
+    model, seen = half_model(squaring, built=True), []  # Adam: two slots a weight.
     validator = mp.PrecisionValidator(inputs(64, seed=9), on_violation="promote")
     plain = validator._promote
 
@@ -140,6 +141,9 @@ def test_promotion_keeps_the_optimizers_state():
 
     validator._promote = watched
     fit(model, validator, epochs=1)
+    assert [one.path for one in validator.promotions] == ["fault"]
+    assert model.optimizer.overflow_count == 0
+    assert_slots_are_used(seen[0])
     assert_same_bits(*seen)
 
 
