@@ -138,7 +138,9 @@ def test_a_layer_that_overflows_leaves_and_the_plan_settles(fault, caplog, tmp_p
     assert adaptive.changes[0].epoch == 1
     assert model.get_layer("fault").dtype_policy.name == "float32"
     assert settled(adaptive, 12)
-    assert "'fault' goes from mixed_float16 to float32" in caplog.text
+    first = adaptive.changes[0].reason
+    assert "overflows in a row" in first
+    assert f"'fault' goes from mixed_float16 to float32 ({first})" in caplog.text
     assert np.isfinite(logs["loss"][-4:]).all()
     assert logs["precision_changes"][1] == 1
     assert sum(logs["precision_changes"]) == len(adaptive.changes)
@@ -176,9 +178,10 @@ class Factors(keras.callbacks.Callback):
 
     def __init__(self, layer, factors):
         super().__init__()
-        self.layer, self.factors = layer, factors
+        self.layer, self.factors, self.epoch = layer, factors, None
 
     def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch
         if self.model is not None:
             self.layer.factor.assign(self.factors[epoch])
 
@@ -190,11 +193,13 @@ def times_model(optimizer):
     return mp.convert(model, dry_run=False), times
 
 
-def test_what_calms_down_comes_back():
+def test_what_calms_down_comes_back(caplog):
     model, times = times_model(keras.optimizers.SGD(1e-6))
     factors = Factors(times, [1e6] * 2 + [1.0] * 10)
     adaptive = mp.AdaptivePrecision(patience=2, calm_epochs=3)
-    fit(model, adaptive, epochs=12, callbacks=[factors])
+    with caplog.at_level(logging.WARNING, "keras_mixprec"):
+        fit(model, adaptive, epochs=12, callbacks=[factors])
+    assert "to mixed_float16 (calm epochs in a row: 3)" in caplog.text
     assert [(c.epoch, c.path, c.after) for c in adaptive.changes] == [
         (1, "times", "float32"),
         (4, "times", "mixed_float16"),
@@ -222,6 +227,27 @@ def test_changes_keep_the_optimizers_state():
     for before, after in seen:
         assert_slots_are_used(before)
         assert_same_bits(before, after)
+
+
+def test_the_step_is_made_anew_where_a_change_is_listed_and_nowhere_else():
+    model, times = times_model(keras.optimizers.SGD(1e-6))
+    factors = Factors(times, [1.0, 1e6, *[1.0] * 7])
+    plain, made, twins = model.make_train_function, [], []
+
+    def noted(force=False):
+        if force:  # The twin that measures, made when it is first needed.
+            twins.append(factors.epoch)
+        elif model.train_function is None:
+            made.append(factors.epoch)
+        return plain(force)
+
+    model.make_train_function = noted
+    adaptive = mp.AdaptivePrecision(patience=1, calm_epochs=1)
+    fit(model, adaptive, epochs=9, callbacks=[factors])
+    assert [c.epoch for c in adaptive.changes] == [1, 2]
+    # By `fit` itself, then after the epochs of the changes.
+    assert made == [None, 1, 2]
+    assert twins == [0, 2, 3]
 
 
 def test_an_overflow_in_an_unseen_batch_is_hunted_down():
