@@ -6,6 +6,7 @@ import pytest
 from keras import layers
 from keras import ops
 from planted import FAULTS
+from planted import TinyEpsilon
 from planted import TinyEpsilonBackward
 from planted import clean
 from planted import dense
@@ -20,6 +21,9 @@ from support import snapshot
 import keras_mixprec as mp
 from keras_mixprec.precision_plan import PrecisionPlan
 from keras_mixprec.precisions import precisions_of
+from keras_mixprec.precisions import preserved
+from keras_mixprec.search import Search
+from keras_mixprec.trials import Trials
 
 FEW = {"batch_size": 32, "batches": 2, "verbose": 0}
 NOT_OURS = ("input", "output layer")
@@ -259,6 +263,49 @@ def test_no_time_at_all_is_still_within_the_tolerance():
     assert plan["fault"].policy == "float32"
     assert "time ran out" in plan.advice[0]
     assert unseen_error(model, plan) < 0.01
+
+
+def in_series(fault, count=8):
+    return [dense(16), *(fault(name=f"fault{i}") for i in range(count)), dense(16)]
+
+
+def noted(monkeypatch, name):
+    """The plans that a method of `Trials` is called with."""
+    plain, plans = getattr(Trials, name), []
+
+    def watched(self, plan, batches):
+        plans.append(plan)
+        return plain(self, plan, batches)
+
+    monkeypatch.setattr(Trials, name, watched)
+    return plans
+
+
+@pytest.mark.parametrize("seconds", [pytest.param(300, marks=COMPILES), 1e-9])
+def test_out_of_time_damaged_gradients_end_after_a_logarithm_of_rounds(
+    seconds, monkeypatch
+):
+    model = model_with(lambda: in_series(TinyEpsilonBackward))
+    rounds = noted(monkeypatch, "gradient_errors")
+    plan = calibrated(model, *inputs(), batches=1, max_seconds=seconds)
+    assert {f"fault{i}" for i in range(8)} <= set(moved(plan))
+    if seconds == 1e-9:
+        in_half = sum(r.policy == "mixed_float16" for r in plan) + len(moved(plan))
+        assert len(rounds) <= np.log2(in_half) + 2
+    else:
+        assert len(moved(plan)) == 8 and len(rounds) > 8
+
+
+def test_out_of_time_infinite_outputs_end_after_a_logarithm_of_rounds(monkeypatch):
+    model, (x, y) = model_with(lambda: in_series(TinyEpsilon)), inputs(32)
+    plan = mp.plan(model)  # Without a batch, on which the dry run would find them.
+    half = {row.path: row.policy for row in plan if row.policy == "mixed_float16"}
+    with preserved(model):
+        trials, rounds = Trials(model, [(x, y)]), noted(monkeypatch, "own_errors")
+        search = Search(trials, plan, half, 0.01, lambda row: 1.0, deadline=0.0)
+        assert search.run([0]) < 0.01
+    assert {f"fault{i}" for i in range(8)} <= set(moved(plan))
+    assert len(rounds) <= np.log2(len(half)) + 1
 
 
 def test_progress_is_shown(capsys):
