@@ -1,10 +1,13 @@
 """`calibrate`: faults end in float32, nothing else does, and tolerances are kept."""
 
+import itertools
+
 import keras
 import numpy as np
 import pytest
 from keras import layers
 from keras import ops
+from keras.initializers import RandomNormal
 from planted import FAULTS
 from planted import TinyEpsilon
 from planted import TinyEpsilonBackward
@@ -42,6 +45,16 @@ def moved(plan):
 def unseen_error(model, plan):
     mp.convert(model, plan=plan)
     return mp.compare_precision(model, inputs(512, seed=9)[0]).relative_error
+
+
+def errors_of(model, data, kept):
+    """Set of paths in float32 -> the error of the outputs."""
+    errors = {}
+    for paths in kept:
+        mp.convert(mp.to_float32(model), keep_float32=list(paths))
+        errors[paths] = mp.compare_precision(model, data).relative_error
+    mp.to_float32(model)
+    return errors
 
 
 @pytest.mark.parametrize("fault", [pytest.param(f, marks=COMPILES) for f in FAULTS])
@@ -102,6 +115,34 @@ def test_measurements_and_loss_scale():
     assert calibrated(model, x, y, policy="mixed_bfloat16").initial_scale == 1
 
 
+def test_underflow_and_the_loss_scale_against_numpy():
+    """The loss is linear in the outputs, and its targets are the gradients."""
+    hidden, output = dense(16, name="hidden"), dense(4, name="output")
+    model = keras.Sequential([keras.Input((8,)), hidden, output])
+    model.compile("sgd", lambda t, y: ops.sum(t * y, axis=-1))
+    x, random = inputs(64)[0], np.random.default_rng(1)
+    targets = 10 ** random.uniform(-15, 0, (64, 4)) * random.choice([-1, 0, 1], (64, 4))
+    targets = targets.astype("float32")
+    plan = calibrated(model, x, targets)
+    largest = 0.0
+    for rows in np.random.default_rng(0).permutation(64).reshape(2, 32):
+        given, back = x[rows], targets[rows] / 32
+        kernel, bias = hidden.get_weights()
+        inside = back @ output.get_weights()[0].T
+        of_weights = [given.T @ inside, inside.sum(0), back.sum(0)]
+        of_weights.append((given @ kernel + bias).T @ back)
+        found = [np.abs(g).max() for g in (back, inside, *of_weights)]
+        largest = max(largest, *found)
+    assert 65504 / 16 < largest * plan.initial_scale <= 65504 / 8
+    # Ranges are those of the batches that are searched on: here the first.
+    scaled = targets[np.random.default_rng(0).permutation(64)[:32]] / 32
+    scaled = scaled[scaled != 0] * plan.initial_scale
+    share = np.mean(scaled.astype("float16") == 0)
+    assert 0.1 < share < 0.9
+    assert plan["output"].measured["underflow_share"] == share
+    assert plan["output"].measured["gradient_max_abs"] == np.abs(scaled).max()
+
+
 def in_the_last_batch(x, change):
     """Data of which the batch that is not searched on alone is changed."""
     rows = np.random.default_rng(0).permutation(len(x))[32:64]
@@ -119,6 +160,17 @@ def test_the_loss_scale_leaves_room_for_the_last_batch_too():
     assert plans[1].initial_scale <= plans[0].initial_scale / 2**10
 
 
+class Coarse(layers.Dense):
+    """A matrix product of which float16 keeps 5 bits; small ones weigh as much."""
+
+    def __init__(self, units, weight=1.0, **arguments):
+        super().__init__(units, **arguments)
+        self.weight = weight / units**0.5
+
+    def call(self, x):
+        return (super().call(x) + 64 - 64) * self.weight
+
+
 class Magnitude(layers.Layer):
     """sqrt(x**2 + 1e-8): no gradient in float16 where x is 0."""
 
@@ -133,6 +185,18 @@ def test_gradients_damaged_in_the_last_batch_alone_are_seen():
     assert moved(calibrated(model, x, y)) == []
     zeros = in_the_last_batch(x, np.zeros_like)
     assert moved(calibrated(model, zeros, y)) == ["fault"]
+
+
+def test_outputs_off_in_the_last_batch_alone_are_seen():
+    model = keras.Sequential(
+        [keras.Input((8,)), Coarse(8, name="fault"), layers.Dense(4)]
+    )
+    # Right gradients: those of the biases, which do not depend on x, outweigh the rest.
+    model.compile("sgd", lambda t, y: ops.sum(t * y, axis=-1))
+    x, y = inputs()[0], np.ones((256, 4), "float32")
+    assert moved(calibrated(model, x, y, tolerance=0.1)) == []
+    small = in_the_last_batch(x, lambda rows: rows / 64)
+    assert moved(calibrated(model, small, y, tolerance=0.1)) == ["fault"]
 
 
 def test_the_plan_survives_json_and_sets_the_scale():
@@ -197,7 +261,7 @@ def test_without_targets_gradients_are_still_checked():
 
 def test_an_operation_that_is_no_layer_is_met_by_what_feeds_it():
     x = keras.Input((8,))
-    y = layers.Dense(8, kernel_initializer=keras.initializers.RandomNormal(0, 200))(x)
+    y = layers.Dense(8, kernel_initializer=RandomNormal(0, 200))(x)
     y = ops.square(y) / 1e6
     model = keras.Model(x, layers.Dense(2)(y))
     plan = calibrated(model, inputs()[0])
@@ -216,17 +280,6 @@ def test_an_rnn_goes_with_its_cell():
     assert plan.advice == []
 
 
-class Coarse(layers.Dense):
-    """A matrix product of which float16 keeps 5 bits; small ones weigh as much."""
-
-    def __init__(self, units, weight=1.0, **arguments):
-        super().__init__(units, **arguments)
-        self.weight = weight / units**0.5
-
-    def call(self, x):
-        return (super().call(x) + 64 - 64) * self.weight
-
-
 @pytest.mark.parametrize(
     "search, kept", [("fewest", "worst"), ("memory", "small"), ("speed", "light")]
 )
@@ -240,21 +293,59 @@ def test_search_weighs_layers_by_what_they_cost(search, kept):
     outputs = layers.Dense(4)(layers.Concatenate()([worst, small, light]))
     model = keras.Model(x, outputs)
     data, _ = inputs()
-    errors = {}
-    for path in ("", "worst", "small", "light"):
-        mp.convert(mp.to_float32(model), keep_float32=[path] if path else [])
-        errors[path] = mp.compare_precision(model, data).relative_error
-    mp.to_float32(model)
-    everything = errors.pop("")
+    errors = errors_of(model, data, [(), ("worst",), ("small",), ("light",)])
+    everything = errors.pop(())
     # Any of them is enough: so the tolerance does not choose.
     assert max(errors.values()) < 0.9 * everything
     # But most would be gained by that one.
-    assert errors["worst"] < 0.95 * min(errors["small"], errors["light"])
+    assert errors["worst",] < 0.95 * min(errors["small",], errors["light",])
     tolerance = 0.95 * everything / 0.75
     # On all the data, as the errors above.
     all_of_it = {"batch_size": len(data), "batches": 1, "tolerance": tolerance}
     plan = calibrated(model, data, search=search, **all_of_it)
     assert moved(plan) == [kept]
+
+
+def test_what_a_later_layer_makes_needless_is_given_back():
+    """A cheap layer goes first; then one that costs more, and is enough alone."""
+    x = keras.Input((8,))
+    cheap = Coarse(16, weight=0.6, name="cheap")(layers.Dense(256)(x))
+    needed = Coarse(256, weight=1.4, name="needed")(layers.Dense(256)(x))
+    outputs = layers.Dense(4)(layers.Concatenate()([cheap, needed]))
+    model, (data, _) = keras.Model(x, outputs), inputs()
+    errors = errors_of(model, data, [("needed",), ("cheap",)])
+    assert 1.5 * errors["needed",] < errors["cheap",]
+    plan = calibrated(
+        model,
+        data,
+        search="memory",
+        tolerance=1.2 * errors["needed",] / 0.75,
+        batch_size=len(data),
+        batches=1,
+    )
+    assert moved(plan) == ["needed"]
+
+
+@pytest.mark.parametrize("fewest", [1, 2, 3])
+def test_no_smaller_set_of_layers_would_do(fewest):
+    """All sixteen sets are measured; the tolerance lies between two sizes."""
+    names = "abcd"
+    hidden = [
+        Coarse(16, 4 / size, name=name, kernel_initializer=RandomNormal(0, size / 4))
+        for name, size in zip(names, (2.0, 1.0, 3.0, 1.5), strict=True)
+    ]
+    model = keras.Sequential([keras.Input((8,)), *hidden, layers.Dense(4)])
+    data, _ = inputs()
+    sets = [c for n in range(5) for c in itertools.combinations(names, n)]
+    errors = errors_of(model, data, sets)
+    best = [min(e for s, e in errors.items() if len(s) == n) for n in range(5)]
+    target = (best[fewest - 1] * best[fewest]) ** 0.5
+    plan = calibrated(
+        model, data, tolerance=target / 0.75, batch_size=len(data), batches=1
+    )
+    assert best[fewest] < 0.95 * target
+    assert len(moved(plan)) == fewest
+    assert errors[tuple(sorted(moved(plan)))] <= target
 
 
 def test_no_time_at_all_is_still_within_the_tolerance():
