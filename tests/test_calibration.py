@@ -1,6 +1,7 @@
 """`calibrate`: faults end in float32, nothing else does, and tolerances are kept."""
 
 import itertools
+import re
 
 import keras
 import numpy as np
@@ -17,6 +18,7 @@ from planted import epsilon
 from planted import inputs
 from planted import model_with
 from planted import squaring
+from planted import two_faults
 from support import SLOW_ON_JAX
 from support import assert_same_bits
 from support import snapshot
@@ -67,6 +69,13 @@ def test_a_planted_fault_ends_in_float32_and_nothing_else_does(fault):
     # The gradient of log(x) near 0 has no bound: one step in eight may be too large.
     assert model.optimizer.overflow_count <= (fault is epsilon)
     assert np.isfinite(logs["loss"]).all()
+
+
+def test_of_two_faults_both_move_and_nothing_else_does():
+    model, (x, y) = model_with(two_faults), inputs()
+    plan = calibrated(model, x, y, tolerance=0.01)
+    assert moved(plan) == ["squares", "mean"]
+    assert unseen_error(model, plan) < 0.01
 
 
 @pytest.mark.parametrize(
@@ -401,9 +410,17 @@ def test_out_of_time_infinite_outputs_end_after_a_logarithm_of_rounds(monkeypatc
     assert len(rounds) <= np.log2(len(half)) + 1
 
 
-def test_progress_is_shown(capsys):
-    mp.calibrate(model_with(clean), inputs(32)[0], batches=1)
-    assert "error" in capsys.readouterr().out
+def test_progress_is_a_share_of_the_time(capsys):
+    model, (x, _) = model_with(squaring), inputs(32)
+    mp.calibrate(model, x, batches=1, max_seconds=500)
+    shown = capsys.readouterr().out
+    first, *_, last = re.findall(r"(\d+)/(\w+)", shown)
+    assert first == ("0", "500")
+    assert int(last[0]) == int(last[1]) < 500  # Full, with the time that it took.
+    # The input and the output; then the fault.
+    assert re.findall(r"error: \S+ - float32 layers: (\d)", shown)[-1] == "3"
+    mp.calibrate(model, x, batches=1, verbose=0)
+    assert "".join(capsys.readouterr()) == ""
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from planted import inputs
 from planted import masked_mean
 from planted import model_with
 from planted import squaring
+from planted import two_faults
 from support import assert_same_bits
 from support import assert_slots_are_used
 from support import snapshot
@@ -156,6 +157,17 @@ def test_works_when_outputs_are_nan_already():
     assert "not finite" in validator.promotions[0].reason
     assert math.isnan(logs["loss"][0])
     assert np.isfinite(logs["loss"][1:]).all()
+    assert max(logs["precision_error"]) < 0.01
+
+
+def test_of_two_faults_both_are_promoted_and_nothing_else_is():
+    model = half_model(two_faults)
+    validator = mp.PrecisionValidator(inputs(64, seed=9), on_violation="promote")
+    logs = fit(model, validator)
+    assert [one.path for one in validator.promotions] == ["mean", "squares"]
+    policies = {layer.name: layer.dtype_policy.name for layer in model.layers}
+    kept = [name for name, policy in policies.items() if policy == "float32"]
+    assert kept == ["squares", "mean", model.layers[-1].name]
     assert max(logs["precision_error"]) < 0.01
 
 
