@@ -11,6 +11,12 @@ _SAME_ORDER = (
     "--deterministic"
 )
 BACKENDS = ("tensorflow", "jax", "torch")
+_TRAININGS = (
+    "trainings.py --only transformer",
+    "trainings.py --only recommender",
+    "trainings.py --only cnn",
+    "passing_fault.py",
+)
 
 
 def _scaling(model):
@@ -119,9 +125,9 @@ PRESETS = {
     "scaling-resnet": _scaling("resnet"),
     # The longest first.
     "trainings": "\n".join(
-        f"{backend} trainings.py --only {task} --runs {kind}"
-        for task, kind, backend in itertools.product(
-            ("transformer", "recommender", "cnn"),
+        f"{backend} {script} --runs {kind}"
+        for script, kind, backend in itertools.product(
+            _TRAININGS,
             ("half", "float32", "adaptive"),
             BACKENDS,
         )

@@ -96,12 +96,17 @@ def by_place(rows: list[dict], head: str, sections: Callable, remedy: str) -> st
         here = [row for row in rows if _place(row) == place]
         dates = " and ".join(sorted({row["date"] for row in here}))
         parts.append(f"\n## {here[0]['device']}, {dates}\n")
-        versions = {f"{k} {v}" for row in here for k, v in row["versions"].items()}
+        versions = {_version(k, v) for row in here for k, v in row["versions"].items()}
         parts.append(f"{', '.join(sorted(versions))}.\n")
         parts += sections(here)
     if not rows:
         parts.append(f"\nNo results yet: {remedy}.\n")
     return "\n".join(parts)
+
+
+def _version(name, version):
+    # JAX says which platform: "cuda 13000".
+    return f"{name} {version.removeprefix(f'{name} ')}"
 
 
 def _place(row):

@@ -8,8 +8,12 @@ import argparse
 import pathlib
 import statistics
 
+import report_adaptive
+from report_adaptive import in_words
+from report_adaptive import table
 from report_benchmarks import by_place
 from report_benchmarks import read
+from tables import BACKENDS
 
 HERE = pathlib.Path(__file__).resolve().parent
 
@@ -24,8 +28,13 @@ not edit. The models: `benchmarks/trainings.py`.
 
 Accuracy on held-out data in percent after the last epoch, one value per seed. The
 difference is that of the means over the seeds that both precisions ran; it may be
-{ALLOWED} points. With `AdaptivePrecision` (seed 0) the plan may change in the course of
-a run, but not in its last third.
+{ALLOWED} points. The spread is the best seed's less the worst's. With
+`AdaptivePrecision` (seed 0) the plan may change in the course of a run, but not in its
+last third.
+
+## All devices together
+
+Float32 and half of a pair ran on one device; which, the table says.
 """
 
 _TASKS = {
@@ -33,31 +42,56 @@ _TASKS = {
     "transformer": "transformer, next character of scikit-learn's descriptions",
     "recommender": "recommender, made ratings",
 }
-_BACKENDS = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "torch"}
+_COUNT = len(_TASKS) * len(BACKENDS)
 
 
 def page(rows: list[dict]) -> str:
     """Return the page as Markdown.
 
     Args:
-        rows: As `trainings.py` prints them.
+        rows: As `trainings.py` and `passing_fault.py` print them.
     """
-    return by_place(rows, _HEAD, _section, "run `benchmarks/run_matrix.py`")
+    head = "\n".join([_HEAD, *_summary(rows)])
+    return by_place(rows, head, _section, "run `benchmarks/run_matrix.py`")
+
+
+def _summary(rows):
+    """Say what holds, taking each pair from the device with most of its seeds."""
+    pairs = []
+    for own in _by_training(rows):
+        devices = dict.fromkeys(row["device"] for row in own)
+        parts = [[row for row in own if row["device"] == d] for d in devices]
+        pairs.append(max(parts, key=lambda pair: difference(pair)[1]))
+    verdicts = [*_verdicts(pairs), *report_adaptive.verdicts(rows, _COUNT)]
+    yield "\n".join(f"- {line}" for line in verdicts) + "\n"
+    columns = ("training", "backend", "device", "difference")
+    spreads = ("spread in float32", "spread in half")
+    lines = [_in_short(pair) for pair in pairs if difference(pair)[1]]
+    yield table((*columns, *spreads), lines)
+
+
+def _in_short(pair):
+    points, _ = difference(pair)
+    spreads = [_spread(_accuracies(pair, policy)) for policy in ("float32", "mixed")]
+    return *_place(pair[0]), pair[0]["device"], _marked(points), *spreads
 
 
 def _section(rows):
+    columns = ("training", "backend", "policy", "each seed", "mean", "spread")
+    lines = [line for pair in _by_training(rows) for line in _lines(pair)]
+    if lines:
+        yield table((*columns, "difference"), lines)
+    yield from report_adaptive.section(rows)
+
+
+def _by_training(rows):
+    """Return the rows of each training on each backend."""
     pairs = [
         [row for row in rows if (row["task"], row["backend"]) == (task, backend)]
         for task in _TASKS
-        for backend in _BACKENDS
+        for backend in BACKENDS
     ]
-    pairs = [pair for pair in pairs if pair]
-    yield "\n".join(f"- {line}" for line in _verdicts(pairs)) + "\n"
-    columns = ("training", "backend", "policy", "each seed", "mean", "difference")
-    lines = [columns, ("-",) * len(columns)]
-    for pair in pairs:
-        lines += _lines(pair)
-    yield "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return [pair for pair in pairs if pair]
 
 
 def _verdicts(pairs):
@@ -66,27 +100,18 @@ def _verdicts(pairs):
     complete = [(name, d) for name, (d, seeds) in found if seeds >= SEEDS]
     beyond = [f"{name} {d:+.2f}" for name, d in complete if abs(d) > ALLOWED]
     short = [f"{name}: {seeds}" for name, (_, seeds) in found if seeds < SEEDS]
-    count = len(_TASKS) * len(_BACKENDS)
     yield (
-        f"{len(complete)} of {count} pairs over at least {SEEDS} seeds; "
+        f"{len(complete)} of {_COUNT} pairs over at least {SEEDS} seeds; "
         f"{len(complete) - len(beyond)} of them within {ALLOWED} points."
     )
     if beyond:
         yield f"**More than {ALLOWED} points apart:** {'; '.join(beyond)}."
     if short:
         yield f"**Seeds missing** (there are): {'; '.join(short)}."
-    adaptive = [row for pair in pairs for row in pair if row["adaptive"]]
-    late = [_name([row]) for row in adaptive if not settled(row)]
-    yield (
-        f"{len(adaptive)} of {count} adaptive runs; "
-        f"{len(adaptive) - len(late)} of them without a change in their last third."
-    )
-    if late:
-        yield f"**Changed in the last third:** {'; '.join(late)}."
 
 
 def _name(pair):
-    return f"{pair[0]['task']} on {_BACKENDS[pair[0]['backend']]}"
+    return f"{pair[0]['task']} on {BACKENDS[pair[0]['backend']]}"
 
 
 def difference(pair: list[dict]) -> tuple[float, int]:
@@ -102,16 +127,8 @@ def difference(pair: list[dict]) -> tuple[float, int]:
     return statistics.mean(half[seed] - exact[seed] for seed in both), len(both)
 
 
-def settled(row: dict) -> bool:
-    """Whether an adaptive run changed nothing in the last third of its epochs.
-
-    Args:
-        row: With `changes`, each beginning with its epoch, from 1.
-    """
-    return all(3 * epoch <= 2 * row["epochs"] for epoch, *_ in row["changes"])
-
-
 def _accuracies(pair, policy):
+    """Return seed -> accuracy in percent."""
     return {
         row["seed"]: 100 * row["accuracy"]
         for row in sorted(pair, key=lambda row: row["seed"])
@@ -119,23 +136,35 @@ def _accuracies(pair, policy):
     }
 
 
+def _place(row):
+    return _TASKS[row["task"]], BACKENDS[row["backend"]]
+
+
+def _marked(points):
+    return f"**{points:+.2f}**" if abs(points) > ALLOWED else f"{points:+.2f}"
+
+
+def _spread(accuracies):
+    return f"{max(accuracies.values()) - min(accuracies.values()):.2f}"
+
+
 def _lines(pair):
-    place = _TASKS[pair[0]["task"]], _BACKENDS[pair[0]["backend"]]
+    place = _place(pair[0])
     for policy in sorted({row["policy"] for row in pair}):
         found = _accuracies(pair, policy)
         if found:
-            points, _ = difference(pair)
-            off = "" if policy == "float32" else f"{points:+.2f}"
-            off = f"**{off}**" if abs(points) > ALLOWED and off else off
-            each = ", ".join(f"{value:.2f}" for value in found.values())
-            mean = f"{statistics.mean(found.values()):.2f}"
-            yield *place, policy, each, mean, off
+            points, seeds = difference(pair)
+            off = _marked(points) if seeds and policy != "float32" else ""
+            yield *place, policy, *_each_and_mean(found), _spread(found), off
     for row in pair:
         if row["adaptive"]:
-            changes = [f"epoch {e}: {path} {to}" for e, path, to in row["changes"]]
-            what = "; ".join(changes) or "no change"
             value = f"{100 * row['accuracy']:.2f}"
-            yield *place, f"{row['policy']}, adaptive", value, "", what
+            yield *place, f"{row['policy']}, adaptive", value, "", "", in_words(row)
+
+
+def _each_and_mean(accuracies):
+    each = ", ".join(f"{value:.2f}" for value in accuracies.values())
+    return each, f"{statistics.mean(accuracies.values()):.2f}"
 
 
 def main() -> None:

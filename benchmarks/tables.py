@@ -10,6 +10,7 @@ MODELS = {
     "dlrm": "Recommender (DLRM-style)",
     "mlp": "MLP",
 }
+BACKENDS = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "torch"}
 SCALINGS = {
     "none": "no loss scaling",
     "fixed": "a fixed scale, unchecked",

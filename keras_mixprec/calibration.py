@@ -21,6 +21,7 @@ from keras_mixprec.precisions import preserved
 from keras_mixprec.search import CALIBRATED
 from keras_mixprec.search import Search
 from keras_mixprec.structure import walk
+from keras_mixprec.time_bar import TimeBar
 from keras_mixprec.trials import Trials
 from keras_mixprec.untouched import unchanged_variables
 
@@ -87,7 +88,7 @@ def calibrate(
             Defaults to `0`.
         max_seconds: Float, how long to search layer by layer; from then on half of
             those left go to float32 at once. Defaults to `300`.
-        verbose: 0 for silence, 1 for a progress bar. Defaults to `1`.
+        verbose: 0 for silence, 1 for a progress bar of the time. Defaults to `1`.
 
     Returns:
         A `PrecisionPlan` with `initial_scale`, the loss scale to begin with, and with
@@ -114,21 +115,20 @@ def calibrate(
     all_half = copy.deepcopy(made)
     for batch in searched:
         dry_run(model, made, drawn[batch][0])
-    bar = keras.utils.Progbar(None, verbose=verbose, unit_name="trial")
+    bar = TimeBar(max_seconds, verbose)
     with preserved(model), unchanged_variables(model):
         trials = Trials(model, drawn, seed)
         _note_own_errors(trials, all_half, made, searched)
         _note_ranges(trials, made, searched)
         target, cost = _MARGIN * tolerance, _COSTS[search]
         _settle(
-            Search(trials, made, half, target, cost, deadline, _progress(bar)),
+            Search(trials, made, half, target, cost, deadline, bar.show),
             tolerance,
             searched,
         )
         _note_ranges(trials, made, searched)
         made.initial_scale = trials.initial_scale
-    if verbose:
-        print()
+    bar.end()
     advise([place.layer for place in walk(model)], made)
     return made
 
@@ -204,14 +204,6 @@ def _draw(x, y, batch_size, batches, seed) -> list[tuple]:
         for part in parts
         if len(part)
     ]
-
-
-def _progress(bar):
-    def progress(error, plan):
-        kept = sum(row.policy not in HALF for row in plan)
-        bar.add(1, [("error", error), ("float32 layers", kept)])
-
-    return progress
 
 
 def _check(policy, tolerance, search, batch_size, batches, max_seconds):

@@ -108,24 +108,31 @@ class Search:
         return error
 
     def _ranked(self, batches):
-        """Return half rows as (path, own error), the most to blame first."""
-        own = self.trials.own_errors(self.plan, batches)
-        known = [
-            (path, 0.0 if math.isnan(error) else error)
-            for path, error in own.items()
+        """Return half rows as (path, own error), the most to blame first.
+
+        While there is time, one that is lost, or fails, stands alone.
+        """
+        errors = {
+            path: 0.0 if math.isnan(error) else error
+            for path, error in self.trials.own_errors(self.plan, batches).items()
             if self.plan[path].policy in HALF
-        ]
-        lost = [(path, error) for path, error in known if math.isinf(error)]
-        if lost:
-            return lost[:1]  # What comes after may be lost only because of it.
-        if math.isinf(self._last_error) and (failing := self._failing(batches)):
-            return failing
-        rest = [r.path for r in self.plan if r.policy in HALF and r.path not in own]
-        rest = [(path, 0.0) for path in rest if path in self._units()]
+        }
+        first = [one for one in errors.items() if math.isinf(one[1])][:1]
+        if not first and math.isinf(self._last_error):
+            first = self._failing(batches)
+        if first and not self.timed_out:
+            return first  # What comes after may be lost only because of it.
+        errors |= dict(first)
+        rest = [(path, 0.0) for path in self._left() if path not in errors]
         return sorted(
-            [*known, *rest],
+            [*errors.items(), *rest],
             key=lambda one: -(one[1] ** 2) / self.cost(self.plan[one[0]]),
         )
+
+    def _left(self):
+        """Return the paths of what a plan can still move."""
+        units = self._units()
+        return [r.path for r in self.plan if r.policy in HALF and r.path in units]
 
     def _failing(self, batches):
         """Return the layers that feed an operation, no layer, which fails in half."""
@@ -141,8 +148,7 @@ class Search:
 
     def _chosen(self, ranked, error, batches):
         if self.timed_out:
-            ranked = ranked[: max(1, len(ranked) // 2)]
-            return [(path, _own(own)) for path, own in ranked]
+            return [(path, _own(own)) for path, own in _first_half(ranked)]
         tried = ranked[:_TRIED]
         if len(tried) == 1:
             return [(tried[0][0], _own(tried[0][1]))]
@@ -162,13 +168,16 @@ class Search:
     def _mend_gradients(self, batches):
         """Move to float32 what damages gradients; return whether there was anything."""
         errors = self.trials.gradient_errors(self.plan, batches)
-        lost = [path for path, error in errors.items() if math.isinf(error)][:1]
-        off = sorted((p for p in errors if p not in lost), key=lambda p: -errors[p])
-        off = [p for p in off if errors[p] > GRADIENT_TOLERANCE][:1]
-        for path in lost or off:
-            what = f"{errors[path]:.0%} off" if path in off else "not finite"
-            self._promote(self.plan, path, f"{CALIBRATED}: its gradients are {what}")
-        return bool(lost or off)
+        guilty = [path for path in errors if errors[path] > GRADIENT_TOLERANCE]
+        guilty.sort(key=lambda path: -errors[path])
+        chosen = guilty[:1]
+        if guilty and self.timed_out:
+            others = [path for path in self._left() if path not in guilty]
+            chosen = _first_half([*guilty, *others])
+        for path in chosen:
+            known = errors[path] if path in guilty else None
+            self._promote(self.plan, path, _of_gradients(known))
+        return bool(guilty)
 
     def _promote(self, plan, path, reason):
         for row in (plan[path], *(plan[p] for p in self._inside.get(path, ()))):
@@ -206,6 +215,17 @@ _HALF = "half precision"
 def _own(error):
     what = "not finite" if math.isinf(error) else f"{error:.1e}"
     return f"{CALIBRATED}: own error {what}"
+
+
+def _of_gradients(error):
+    if error is None:
+        return f"{CALIBRATED}: the time ran out"
+    what = "not finite" if math.isinf(error) else f"{error:.0%} off"
+    return f"{CALIBRATED}: its gradients are {what}"
+
+
+def _first_half(ranked):
+    return ranked[: (len(ranked) + 1) // 2]
 
 
 def _rows_inside(model, plan) -> dict[str, list[str]]:

@@ -73,6 +73,12 @@ def masked_mean():
     return [*middle, dense(16, 0.01, activation="gelu")]
 
 
+def two_faults():
+    grow = dense(STEPS * 2, 100.0, activation="relu")
+    middle = [grow, layers.Reshape((STEPS, 2)), MaskedMean(name="mean")]
+    return [dense(16, 300.0), Squares(name="squares"), *middle, dense(16, 0.01)]
+
+
 def hot_attention():
     middle = [dense(32, 100.0), layers.Reshape((4, 8)), HotAttention(name="fault")]
     return [*middle, layers.Flatten(), layers.LayerNormalization()]

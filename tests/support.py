@@ -48,6 +48,12 @@ def assert_same_bits(left, right, but=()):
             assert value.tobytes() == right[name].tobytes(), name
 
 
+def assert_slots_are_used(adam_snapshot):
+    """Some momentum and some velocity is not 0: to lose them would show."""
+    for slot in ("momentum", "velocity"):
+        assert any(v.any() for name, v in adam_snapshot.items() if slot in name), slot
+
+
 def assert_finite(owner_snapshot):
     for name, value in owner_snapshot.items():
         assert np.isfinite(value).all(), name

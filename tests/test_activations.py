@@ -1,5 +1,8 @@
 """`convert(..., activations="float32")`: only the function sees float32."""
 
+import pathlib
+import re
+
 import keras
 import numpy as np
 import pytest
@@ -8,6 +11,8 @@ from keras import ops
 
 import keras_mixprec as mp
 from keras_mixprec.present import present_plan
+
+BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 
 
 def steep(x):
@@ -113,6 +118,21 @@ def test_trains():
     mp.convert(model, activations="float32")
     model.fit(x, np.ones((32, 2), "float32"), epochs=2, verbose=0)
     assert model.optimizer.overflow_count == 0
+
+
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="reads JAX's programs")
+def test_xla_fuses_the_casts_with_the_function(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import activations
+
+    half, full = (
+        activations.forward("mixed_float16", kind)[0] for kind in ("half", "float32")
+    )
+    products = r"= f16\[.*multiply\("  # Those of gelu: the kernels' are no such ones.
+    assert re.search(products, half.as_text())
+    assert not re.search(products, full.as_text())
+    assert activations.operations(full) == activations.operations(half)
+    assert sum(activations.operations(half).values()) > activations.DEPTH
 
 
 def test_arguments():

@@ -17,6 +17,9 @@ from planted import masked_mean
 from planted import model_with
 from planted import squaring
 from support import SLOW_ON_JAX
+from support import assert_same_bits
+from support import assert_slots_are_used
+from support import snapshot
 
 import keras_mixprec as mp
 from keras_mixprec import hardware
@@ -135,7 +138,9 @@ def test_a_layer_that_overflows_leaves_and_the_plan_settles(fault, caplog, tmp_p
     assert adaptive.changes[0].epoch == 1
     assert model.get_layer("fault").dtype_policy.name == "float32"
     assert settled(adaptive, 12)
-    assert "'fault' goes from mixed_float16 to float32" in caplog.text
+    first = adaptive.changes[0].reason
+    assert "overflows in a row" in first
+    assert f"'fault' goes from mixed_float16 to float32 ({first})" in caplog.text
     assert np.isfinite(logs["loss"][-4:]).all()
     assert logs["precision_changes"][1] == 1
     assert sum(logs["precision_changes"]) == len(adaptive.changes)
@@ -173,21 +178,28 @@ class Factors(keras.callbacks.Callback):
 
     def __init__(self, layer, factors):
         super().__init__()
-        self.layer, self.factors = layer, factors
+        self.layer, self.factors, self.epoch = layer, factors, None
 
     def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch
         if self.model is not None:
             self.layer.factor.assign(self.factors[epoch])
 
 
-def test_what_calms_down_comes_back():
+def times_model(optimizer):
     times = Times(name="times")
     model = keras.Sequential([keras.Input((8,)), times, layers.Dense(4, "softmax")])
-    model.compile(keras.optimizers.SGD(1e-6), "sparse_categorical_crossentropy")
-    mp.convert(model, dry_run=False)
+    model.compile(optimizer, "sparse_categorical_crossentropy")
+    return mp.convert(model, dry_run=False), times
+
+
+def test_what_calms_down_comes_back(caplog):
+    model, times = times_model(keras.optimizers.SGD(1e-6))
     factors = Factors(times, [1e6] * 2 + [1.0] * 10)
     adaptive = mp.AdaptivePrecision(patience=2, calm_epochs=3)
-    fit(model, adaptive, epochs=12, callbacks=[factors])
+    with caplog.at_level(logging.WARNING, "keras_mixprec"):
+        fit(model, adaptive, epochs=12, callbacks=[factors])
+    assert "to mixed_float16 (calm epochs in a row: 3)" in caplog.text
     assert [(c.epoch, c.path, c.after) for c in adaptive.changes] == [
         (1, "times", "float32"),
         (4, "times", "mixed_float16"),
@@ -195,11 +207,51 @@ def test_what_calms_down_comes_back():
     assert settled(adaptive, 12)
 
 
+def test_changes_keep_the_optimizers_state():
+    """Out of half precision, which leaves all of the model in float32, and back."""
+    model, times = times_model(keras.optimizers.Adam(1e-6))
+    adaptive, seen = mp.AdaptivePrecision(patience=1, calm_epochs=1), []
+    plain = adaptive._carry_out
+
+    def watched(plan, changes):
+        before = snapshot(model.optimizer, model)
+        plain(plan, changes)
+        if changes:
+            seen.append((before, snapshot(model.optimizer, model)))
+
+    adaptive._carry_out = watched
+    factors = Factors(times, [1.0, 1e6, *[1.0] * 7])
+    fit(model, adaptive, epochs=9, callbacks=[factors])
+    assert [c.epoch for c in adaptive.changes] == [1, 2]
+    assert len(seen) == 2
+    for before, after in seen:
+        assert_slots_are_used(before)
+        assert_same_bits(before, after)
+
+
+def test_the_step_is_made_anew_where_a_change_is_listed_and_nowhere_else():
+    model, times = times_model(keras.optimizers.SGD(1e-6))
+    factors = Factors(times, [1.0, 1e6, *[1.0] * 7])
+    plain, made, twins = model.make_train_function, [], []
+
+    def noted(force=False):
+        if force:  # The twin that measures, made when it is first needed.
+            twins.append(factors.epoch)
+        elif model.train_function is None:
+            made.append(factors.epoch)
+        return plain(force)
+
+    model.make_train_function = noted
+    adaptive = mp.AdaptivePrecision(patience=1, calm_epochs=1)
+    fit(model, adaptive, epochs=9, callbacks=[factors])
+    assert [c.epoch for c in adaptive.changes] == [1, 2]
+    # By `fit` itself, then after the epochs of the changes.
+    assert made == [None, 1, 2]
+    assert twins == [0, 2, 3]
+
+
 def test_an_overflow_in_an_unseen_batch_is_hunted_down():
-    times = Times(name="times")
-    model = keras.Sequential([keras.Input((8,)), times, layers.Dense(4, "softmax")])
-    model.compile(keras.optimizers.SGD(1e-6), "sparse_categorical_crossentropy")
-    mp.convert(model, dry_run=False)
+    model, times = times_model(keras.optimizers.SGD(1e-6))
     factors = Factors(times, [1e3] * 6)
     x, _ = inputs(128)
     x[32:96] *= 100  # Never in the first batch.

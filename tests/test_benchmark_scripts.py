@@ -146,7 +146,7 @@ def test_the_table_of_trainings_says_what_is_too_far_apart(monkeypatch):
     near = [trained(seed, 0.896 + seed / 1e3) for seed in range(3)]
     found = page(exact + near)
     assert "1 of 9 pairs over at least 3 seeds; 1 of them within" in found
-    assert "89.60, 89.70, 89.80 | 89.70 | -0.30 |" in found
+    assert "89.60, 89.70, 89.80 | 89.70 | 0.20 | -0.30 |" in found
     assert "**" not in found
     far = [trained(seed, 0.8939 + seed / 1e3) for seed in range(3)]
     found = page(exact + far)
@@ -171,3 +171,43 @@ def test_the_table_of_trainings_says_which_plans_changed_late(monkeypatch):
     found = page([late])
     assert "1 of 9 adaptive runs; 0 of them without a change in their" in found
     assert "**Changed in the last third:** cnn on JAX." in found
+
+
+def test_pairs_of_all_devices_are_counted_together_each_on_one(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from report_trainings import page
+
+    def three(policy, **place):
+        return [trained(s, 0.9 + s / 1e3, policy, **place) for s in range(3)]
+
+    other = {"device": "CPU", "backend": "torch", "versions": {"cuda": "cuda 13000"}}
+    rows = [*three("float32"), *three("mixed_float16")]
+    rows += [*three("float32", **other), *three("mixed_float16", **other)]
+    # Of a pair that one device has whole, another's part says nothing.
+    found = page([*rows, trained(0, 0.1, "float32", device="CPU")])
+    assert found.count(" of 9 pairs") == 1
+    assert "2 of 9 pairs over at least 3 seeds; 2 of them within" in found
+    assert "Seeds missing" not in found
+    assert "| torch | CPU | +0.00 | 0.20 | 0.20 |" in found
+    assert "\ncuda 13000, keras 3.15.1.\n" in found
+    # Halves of two devices are no pair.
+    apart = [*three("float32"), *three("mixed_float16", device="CPU")]
+    assert "0 of 9 pairs" in page(apart)
+
+
+def test_the_page_of_trainings_shows_a_fault_that_comes_and_goes(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    from report_trainings import page
+
+    fault = {"benchmark": "passing_fault", "task": "hot attention", "fault": [2, 3]}
+    changes = [[3, "attention", "float32"], [6, "attention", "mixed_float16"]]
+    fault |= {"adaptive": True, "skipped": 58}
+    rows = [trained(s, 0.9 + s / 100, changes=changes, **fault) for s in range(2)]
+    found = page(rows)
+    assert "0 of 9 pairs" in found and "0 of 9 adaptive runs" in found
+    assert "goes: 2; 2 changed their plan, 2 had no change in their last" in found
+    assert "epochs 2 to\n3 of 9" in found
+    line = "| JAX | mixed_float16, adaptive | 90.00, 91.00 | 90.50 | 58, 58 | epoch 3: "
+    assert line in found
+    late = trained(2, 0.9, changes=[[7, "attention", "float32"]], **fault)
+    assert "goes: 3; 3 changed their plan, 2 had no change" in page([*rows, late])

@@ -1,11 +1,16 @@
 """`calibrate`: faults end in float32, nothing else does, and tolerances are kept."""
 
+import itertools
+import re
+
 import keras
 import numpy as np
 import pytest
 from keras import layers
 from keras import ops
+from keras.initializers import RandomNormal
 from planted import FAULTS
+from planted import TinyEpsilon
 from planted import TinyEpsilonBackward
 from planted import clean
 from planted import dense
@@ -13,6 +18,7 @@ from planted import epsilon
 from planted import inputs
 from planted import model_with
 from planted import squaring
+from planted import two_faults
 from support import SLOW_ON_JAX
 from support import assert_same_bits
 from support import snapshot
@@ -20,6 +26,9 @@ from support import snapshot
 import keras_mixprec as mp
 from keras_mixprec.precision_plan import PrecisionPlan
 from keras_mixprec.precisions import precisions_of
+from keras_mixprec.precisions import preserved
+from keras_mixprec.search import Search
+from keras_mixprec.trials import Trials
 
 FEW = {"batch_size": 32, "batches": 2, "verbose": 0}
 NOT_OURS = ("input", "output layer")
@@ -40,6 +49,16 @@ def unseen_error(model, plan):
     return mp.compare_precision(model, inputs(512, seed=9)[0]).relative_error
 
 
+def errors_of(model, data, kept):
+    """Set of paths in float32 -> the error of the outputs."""
+    errors = {}
+    for paths in kept:
+        mp.convert(mp.to_float32(model), keep_float32=list(paths))
+        errors[paths] = mp.compare_precision(model, data).relative_error
+    mp.to_float32(model)
+    return errors
+
+
 @pytest.mark.parametrize("fault", [pytest.param(f, marks=COMPILES) for f in FAULTS])
 def test_a_planted_fault_ends_in_float32_and_nothing_else_does(fault):
     model, (x, y) = model_with(fault), inputs()
@@ -50,6 +69,13 @@ def test_a_planted_fault_ends_in_float32_and_nothing_else_does(fault):
     # The gradient of log(x) near 0 has no bound: one step in eight may be too large.
     assert model.optimizer.overflow_count <= (fault is epsilon)
     assert np.isfinite(logs["loss"]).all()
+
+
+def test_of_two_faults_both_move_and_nothing_else_does():
+    model, (x, y) = model_with(two_faults), inputs()
+    plan = calibrated(model, x, y, tolerance=0.01)
+    assert moved(plan) == ["squares", "mean"]
+    assert unseen_error(model, plan) < 0.01
 
 
 @pytest.mark.parametrize(
@@ -98,6 +124,34 @@ def test_measurements_and_loss_scale():
     assert calibrated(model, x, y, policy="mixed_bfloat16").initial_scale == 1
 
 
+def test_underflow_and_the_loss_scale_against_numpy():
+    """The loss is linear in the outputs, and its targets are the gradients."""
+    hidden, output = dense(16, name="hidden"), dense(4, name="output")
+    model = keras.Sequential([keras.Input((8,)), hidden, output])
+    model.compile("sgd", lambda t, y: ops.sum(t * y, axis=-1))
+    x, random = inputs(64)[0], np.random.default_rng(1)
+    targets = 10 ** random.uniform(-15, 0, (64, 4)) * random.choice([-1, 0, 1], (64, 4))
+    targets = targets.astype("float32")
+    plan = calibrated(model, x, targets)
+    largest = 0.0
+    for rows in np.random.default_rng(0).permutation(64).reshape(2, 32):
+        given, back = x[rows], targets[rows] / 32
+        kernel, bias = hidden.get_weights()
+        inside = back @ output.get_weights()[0].T
+        of_weights = [given.T @ inside, inside.sum(0), back.sum(0)]
+        of_weights.append((given @ kernel + bias).T @ back)
+        found = [np.abs(g).max() for g in (back, inside, *of_weights)]
+        largest = max(largest, *found)
+    assert 65504 / 16 < largest * plan.initial_scale <= 65504 / 8
+    # Ranges are those of the batches that are searched on: here the first.
+    scaled = targets[np.random.default_rng(0).permutation(64)[:32]] / 32
+    scaled = scaled[scaled != 0] * plan.initial_scale
+    share = np.mean(scaled.astype("float16") == 0)
+    assert 0.1 < share < 0.9
+    assert plan["output"].measured["underflow_share"] == share
+    assert plan["output"].measured["gradient_max_abs"] == np.abs(scaled).max()
+
+
 def in_the_last_batch(x, change):
     """Data of which the batch that is not searched on alone is changed."""
     rows = np.random.default_rng(0).permutation(len(x))[32:64]
@@ -115,6 +169,17 @@ def test_the_loss_scale_leaves_room_for_the_last_batch_too():
     assert plans[1].initial_scale <= plans[0].initial_scale / 2**10
 
 
+class Coarse(layers.Dense):
+    """A matrix product of which float16 keeps 5 bits; small ones weigh as much."""
+
+    def __init__(self, units, weight=1.0, **arguments):
+        super().__init__(units, **arguments)
+        self.weight = weight / units**0.5
+
+    def call(self, x):
+        return (super().call(x) + 64 - 64) * self.weight
+
+
 class Magnitude(layers.Layer):
     """sqrt(x**2 + 1e-8): no gradient in float16 where x is 0."""
 
@@ -129,6 +194,18 @@ def test_gradients_damaged_in_the_last_batch_alone_are_seen():
     assert moved(calibrated(model, x, y)) == []
     zeros = in_the_last_batch(x, np.zeros_like)
     assert moved(calibrated(model, zeros, y)) == ["fault"]
+
+
+def test_outputs_off_in_the_last_batch_alone_are_seen():
+    model = keras.Sequential(
+        [keras.Input((8,)), Coarse(8, name="fault"), layers.Dense(4)]
+    )
+    # Right gradients: those of the biases, which do not depend on x, outweigh the rest.
+    model.compile("sgd", lambda t, y: ops.sum(t * y, axis=-1))
+    x, y = inputs()[0], np.ones((256, 4), "float32")
+    assert moved(calibrated(model, x, y, tolerance=0.1)) == []
+    small = in_the_last_batch(x, lambda rows: rows / 64)
+    assert moved(calibrated(model, small, y, tolerance=0.1)) == ["fault"]
 
 
 def test_the_plan_survives_json_and_sets_the_scale():
@@ -193,7 +270,7 @@ def test_without_targets_gradients_are_still_checked():
 
 def test_an_operation_that_is_no_layer_is_met_by_what_feeds_it():
     x = keras.Input((8,))
-    y = layers.Dense(8, kernel_initializer=keras.initializers.RandomNormal(0, 200))(x)
+    y = layers.Dense(8, kernel_initializer=RandomNormal(0, 200))(x)
     y = ops.square(y) / 1e6
     model = keras.Model(x, layers.Dense(2)(y))
     plan = calibrated(model, inputs()[0])
@@ -212,17 +289,6 @@ def test_an_rnn_goes_with_its_cell():
     assert plan.advice == []
 
 
-class Coarse(layers.Dense):
-    """A matrix product of which float16 keeps 5 bits; small ones weigh as much."""
-
-    def __init__(self, units, weight=1.0, **arguments):
-        super().__init__(units, **arguments)
-        self.weight = weight / units**0.5
-
-    def call(self, x):
-        return (super().call(x) + 64 - 64) * self.weight
-
-
 @pytest.mark.parametrize(
     "search, kept", [("fewest", "worst"), ("memory", "small"), ("speed", "light")]
 )
@@ -236,21 +302,59 @@ def test_search_weighs_layers_by_what_they_cost(search, kept):
     outputs = layers.Dense(4)(layers.Concatenate()([worst, small, light]))
     model = keras.Model(x, outputs)
     data, _ = inputs()
-    errors = {}
-    for path in ("", "worst", "small", "light"):
-        mp.convert(mp.to_float32(model), keep_float32=[path] if path else [])
-        errors[path] = mp.compare_precision(model, data).relative_error
-    mp.to_float32(model)
-    everything = errors.pop("")
+    errors = errors_of(model, data, [(), ("worst",), ("small",), ("light",)])
+    everything = errors.pop(())
     # Any of them is enough: so the tolerance does not choose.
     assert max(errors.values()) < 0.9 * everything
     # But most would be gained by that one.
-    assert errors["worst"] < 0.95 * min(errors["small"], errors["light"])
+    assert errors["worst",] < 0.95 * min(errors["small",], errors["light",])
     tolerance = 0.95 * everything / 0.75
     # On all the data, as the errors above.
     all_of_it = {"batch_size": len(data), "batches": 1, "tolerance": tolerance}
     plan = calibrated(model, data, search=search, **all_of_it)
     assert moved(plan) == [kept]
+
+
+def test_what_a_later_layer_makes_needless_is_given_back():
+    """A cheap layer goes first; then one that costs more, and is enough alone."""
+    x = keras.Input((8,))
+    cheap = Coarse(16, weight=0.6, name="cheap")(layers.Dense(256)(x))
+    needed = Coarse(256, weight=1.4, name="needed")(layers.Dense(256)(x))
+    outputs = layers.Dense(4)(layers.Concatenate()([cheap, needed]))
+    model, (data, _) = keras.Model(x, outputs), inputs()
+    errors = errors_of(model, data, [("needed",), ("cheap",)])
+    assert 1.5 * errors["needed",] < errors["cheap",]
+    plan = calibrated(
+        model,
+        data,
+        search="memory",
+        tolerance=1.2 * errors["needed",] / 0.75,
+        batch_size=len(data),
+        batches=1,
+    )
+    assert moved(plan) == ["needed"]
+
+
+@pytest.mark.parametrize("fewest", [1, 2, 3])
+def test_no_smaller_set_of_layers_would_do(fewest):
+    """All sixteen sets are measured; the tolerance lies between two sizes."""
+    names = "abcd"
+    hidden = [
+        Coarse(16, 4 / size, name=name, kernel_initializer=RandomNormal(0, size / 4))
+        for name, size in zip(names, (2.0, 1.0, 3.0, 1.5), strict=True)
+    ]
+    model = keras.Sequential([keras.Input((8,)), *hidden, layers.Dense(4)])
+    data, _ = inputs()
+    sets = [c for n in range(5) for c in itertools.combinations(names, n)]
+    errors = errors_of(model, data, sets)
+    best = [min(e for s, e in errors.items() if len(s) == n) for n in range(5)]
+    target = (best[fewest - 1] * best[fewest]) ** 0.5
+    plan = calibrated(
+        model, data, tolerance=target / 0.75, batch_size=len(data), batches=1
+    )
+    assert best[fewest] < 0.95 * target
+    assert len(moved(plan)) == fewest
+    assert errors[tuple(sorted(moved(plan)))] <= target
 
 
 def test_no_time_at_all_is_still_within_the_tolerance():
@@ -261,9 +365,62 @@ def test_no_time_at_all_is_still_within_the_tolerance():
     assert unseen_error(model, plan) < 0.01
 
 
-def test_progress_is_shown(capsys):
-    mp.calibrate(model_with(clean), inputs(32)[0], batches=1)
-    assert "error" in capsys.readouterr().out
+def in_series(fault, count=8):
+    pairs = ((dense(16), fault(name=f"fault{i}")) for i in range(count))
+    return [layer for pair in pairs for layer in pair]
+
+
+def noted(monkeypatch, name):
+    """The plans that a method of `Trials` is called with."""
+    plain, plans = getattr(Trials, name), []
+
+    def watched(self, plan, batches):
+        plans.append(plan)
+        return plain(self, plan, batches)
+
+    monkeypatch.setattr(Trials, name, watched)
+    return plans
+
+
+@pytest.mark.parametrize("seconds", [pytest.param(300, marks=COMPILES), 1e-9])
+def test_out_of_time_damaged_gradients_end_after_a_logarithm_of_rounds(
+    seconds, monkeypatch
+):
+    model = model_with(lambda: in_series(TinyEpsilonBackward))
+    rounds = noted(monkeypatch, "gradient_errors")
+    plan = calibrated(model, *inputs(), batches=1, max_seconds=seconds)
+    assert {f"fault{i}" for i in range(8)} <= set(moved(plan))
+    if seconds == 1e-9:
+        in_half = sum(r.policy == "mixed_float16" for r in plan) + len(moved(plan))
+        assert len(rounds) <= np.log2(in_half) + 2
+        assert len(moved(plan)) < in_half
+    else:
+        assert len(moved(plan)) == 8 and len(rounds) > 8
+
+
+def test_out_of_time_infinite_outputs_end_after_a_logarithm_of_rounds(monkeypatch):
+    model, (x, y) = model_with(lambda: in_series(TinyEpsilon)), inputs(32)
+    plan = mp.plan(model)  # Without a batch, on which the dry run would find them.
+    half = {row.path: row.policy for row in plan if row.policy == "mixed_float16"}
+    with preserved(model):
+        trials, rounds = Trials(model, [(x, y)]), noted(monkeypatch, "own_errors")
+        search = Search(trials, plan, half, 0.01, lambda row: 1.0, deadline=0.0)
+        assert search.run([0]) < 0.01
+    assert {f"fault{i}" for i in range(8)} <= set(moved(plan))
+    assert len(rounds) <= np.log2(len(half)) + 1
+
+
+def test_progress_is_a_share_of_the_time(capsys):
+    model, (x, _) = model_with(squaring), inputs(32)
+    mp.calibrate(model, x, batches=1, max_seconds=500)
+    shown = capsys.readouterr().out
+    first, *_, last = re.findall(r"(\d+)/(\w+)", shown)
+    assert first == ("0", "500")
+    assert int(last[0]) == int(last[1]) < 500  # Full, with the time that it took.
+    # The input and the output; then the fault.
+    assert re.findall(r"error: \S+ - float32 layers: (\d)", shown)[-1] == "3"
+    mp.calibrate(model, x, batches=1, verbose=0)
+    assert "".join(capsys.readouterr()) == ""
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,23 @@ def test_the_model_is_left_as_it_was(converted):
     assert "call" not in vars(model.layers[0])
 
 
+def test_the_numbers_are_those_of_predict():
+    model, (x, _) = model_with(squaring), inputs(256)
+    # Operation by operation, as the comparison runs the model.
+    model.compile(run_eagerly=True)
+    alone = {"batch_size": 256, "verbose": 0}
+    exact = model.predict(x, **alone)
+    report = mp.compare_precision(model, x)
+    assert model.predict(x, **alone).tobytes() == exact.tobytes()
+    half = mp.convert(model, dry_run=False).predict(x, **alone)
+    off = half.astype("float64") - exact
+    relative = np.linalg.norm(off) / np.linalg.norm(exact)
+    assert report.relative_error == pytest.approx(relative, rel=1e-6)
+    assert report.max_abs_error == pytest.approx(np.abs(off).max(), rel=1e-6)
+    same = np.mean(half.argmax(-1) == exact.argmax(-1))
+    assert 0 < report.agreement == same < 1
+
+
 def test_what_is_measured_is_what_the_model_has():
     model, (x, _) = model_with(squaring), inputs(32)
     mp.convert(model, keep_float32=["fault"])

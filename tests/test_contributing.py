@@ -40,6 +40,17 @@ def test_the_workflow_installs_extras_that_exist_and_runs_all_backends():
     assert set(jobs["all"]["needs"]) == set(jobs) - {"all"}
 
 
+def test_the_workflow_and_ci_run_the_same_slow_tests_on_other_backends():
+    text = (ROOT / ".github/workflows/ci.yml").read_text(encoding="utf-8")
+    others = yaml.safe_load(text)["jobs"]["slow"]["env"]["OTHERS"].split()
+    script = (ROOT / ".ci/run").read_text(encoding="utf-8")
+    _, slow = script.split('step "install what the slow tests need')
+    (loop,) = re.findall(
+        r"^for backend in jax torch; do\n(.*?)^done", slow, re.M | re.S
+    )
+    assert sorted(others) == sorted(re.findall(r"tests/\w+\.py", loop))
+
+
 @pytest.mark.parametrize("path", FORMS, ids=lambda path: path.stem)
 def test_issue_forms_are_whole(path):
     form = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -12,7 +12,9 @@ from planted import inputs
 from planted import masked_mean
 from planted import model_with
 from planted import squaring
+from planted import two_faults
 from support import assert_same_bits
+from support import assert_slots_are_used
 from support import snapshot
 
 import keras_mixprec as mp
@@ -115,7 +117,8 @@ def test_promotes_the_layer_to_blame_and_trains_on(built, caplog):
         logs = fit(model, validator, epochs=4)
     assert [(one.epoch, one.path) for one in validator.promotions] == [(1, "fault")]
     assert "own error" in validator.promotions[0].reason
-    assert "'fault' is in float32" in caplog.text
+    reason = validator.promotions[0].reason
+    assert f"'fault' is in float32 from now on ({reason})" in caplog.text
     policies = {layer.name: layer.dtype_policy.name for layer in model.layers}
     assert policies.pop("fault") == "float32"
     *others, output = policies.values()
@@ -128,7 +131,7 @@ def test_promotes_the_layer_to_blame_and_trains_on(built, caplog):
 
 
 def test_promotion_keeps_the_optimizers_state():
-    model, seen = half_model(squaring), []
+    model, seen = half_model(squaring, built=True), []  # Adam: two slots a weight.
     validator = mp.PrecisionValidator(inputs(64, seed=9), on_violation="promote")
     plain = validator._promote
 
@@ -140,6 +143,9 @@ def test_promotion_keeps_the_optimizers_state():
 
     validator._promote = watched
     fit(model, validator, epochs=1)
+    assert [one.path for one in validator.promotions] == ["fault"]
+    assert model.optimizer.overflow_count == 0
+    assert_slots_are_used(seen[0])
     assert_same_bits(*seen)
 
 
@@ -151,6 +157,17 @@ def test_works_when_outputs_are_nan_already():
     assert "not finite" in validator.promotions[0].reason
     assert math.isnan(logs["loss"][0])
     assert np.isfinite(logs["loss"][1:]).all()
+    assert max(logs["precision_error"]) < 0.01
+
+
+def test_of_two_faults_both_are_promoted_and_nothing_else_is():
+    model = half_model(two_faults)
+    validator = mp.PrecisionValidator(inputs(64, seed=9), on_violation="promote")
+    logs = fit(model, validator)
+    assert [one.path for one in validator.promotions] == ["mean", "squares"]
+    policies = {layer.name: layer.dtype_policy.name for layer in model.layers}
+    kept = [name for name, policy in policies.items() if policy == "float32"]
+    assert kept == ["squares", "mean", model.layers[-1].name]
     assert max(logs["precision_error"]) < 0.01
 
 
