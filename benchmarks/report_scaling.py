@@ -16,8 +16,8 @@ weights and slots finite and as it was (25 November: the same bits on all).
 "Deterministic": with `TF_DETERMINISTIC_OPS=1`. Without it TensorFlow adds up the rows
 of an embedding's gradient (`IndexedSlices`) in no fixed order on a GPU
 ([TensorFlow 2.8](https://github.com/tensorflow/tensorflow/releases/tag/v2.8.0)), so
-that the copies of a table part, with a loss scale and without; "copies parted" says by
-how much after training, where it was looked at.
+that the copies of a table may part; "copies parted" says by how much after training,
+where it was looked at.
 """
 _MODEL_HEAD = """
 ### Several GPUs: what agreeing costs, predicted and seen

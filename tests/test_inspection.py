@@ -11,6 +11,7 @@ from keras import ops
 
 import keras_mixprec as mp
 from keras_mixprec import inspection
+from keras_mixprec.intercept import intercepted
 
 pytestmark = pytest.mark.filterwarnings("ignore:Epoch .* steps overflowed")
 
@@ -140,3 +141,23 @@ def test_beside_adaptive_precision_before_and_after_the_plan_changes(
     assert [(r.nonfinite, r.beyond) for r in in_float32] == [(0, 16)] * 2
     assert len(built) == 2
     assert not hasattr(model.train_function, "__self__")
+
+
+def test_routes_that_are_kept_follow_a_call_that_changes():
+    layer, kept, seen = layers.Dense(1), {}, []
+
+    def around(operation, call, args, kwargs):
+        seen.append(call)
+        return call(*args, **kwargs)
+
+    def call(x):
+        return x + 1
+
+    for own in (None, None, call):
+        if own:
+            layer.call = own
+        with intercepted([layer], around, kept):
+            layer(np.zeros((1, 1), "float32"))
+    # Not made anew for the second time, and made anew for the third.
+    assert seen[0] == seen[1] and seen[2] is call
+    assert layer.call is call

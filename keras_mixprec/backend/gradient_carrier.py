@@ -32,7 +32,7 @@ class GradientCarrier:
         calls: Int, how many calls or outputs of a layer to measure in a step.
         partial: Function of a tensor, `ranges.partial` as the backend runs it best.
             The gradient that it returns is what goes on to the layers before: XLA
-            would else write most gradients out twice, in two layouts.
+            would else write many gradients out twice, in two layouts.
     """
 
     compiles = True

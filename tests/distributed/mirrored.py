@@ -73,7 +73,7 @@ def survive(replicas, inner):
     strategy = tf.distribute.MirroredStrategy(devices(replicas))
     if tf.config.list_logical_devices("GPU"):
         # Rows of an embedding's gradient are summed in no fixed order there, so that
-        # the replicas' copies of it part, also without us.
+        # the replicas' copies of it part.
         tf.config.experimental.enable_op_determinism()
     trainer = Trainer(strategy, inner, embedding=True)
     faults.survive(trainer, trainer.optimizer, replicas)
