@@ -8,6 +8,7 @@ or skip a step together. One process, the chief, prints and writes.
 """
 
 import argparse
+import datetime
 import gc
 import os
 import tempfile
@@ -83,12 +84,19 @@ class Replicated(keras.Model):
         self.optimizer.scale_loss(loss / self.micro_batches).backward()
 
 
-def start() -> torch.device:
-    """Join the other processes, as `torchrun` describes them. Returns the device."""
+def start(patience: float = 600.0) -> torch.device:
+    """Join the other processes, as `torchrun` describes them. Returns the device.
+
+    Args:
+        patience: Float, seconds that a process waits in NCCL for another before it
+            ends with an error: NCCL does not notice that one is gone; gloo does.
+            Defaults to torch's own ten minutes.
+    """
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl")
+        timeout = datetime.timedelta(seconds=patience)
+        dist.init_process_group("nccl", timeout=timeout)
         return device
     dist.init_process_group("gloo")
     return torch.device("cpu")

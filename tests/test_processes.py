@@ -25,7 +25,9 @@ if BACKEND == "torch":
 GONE = {
     "tensorflow": "(?i)unavailable|aborted|peer|heartbeat",
     "jax": "(?i)JAX distributed service|coordination|gloo.*(closed|reset)",
-    "torch": "(?i)(connection|socket) (closed|reset|was)|broken pipe|by peer",
+    # gloo, and NCCL, which waits for as long as it was told.
+    "torch": "(?i)(connection|socket) (closed|reset|was)|broken pipe|by peer"
+    "|watchdog caught collective operation timeout",
 }[BACKEND]
 # How many, of whom one dies; four on the engine that notices at once.
 DYING = [2, 4] if BACKEND == "torch" else [2]

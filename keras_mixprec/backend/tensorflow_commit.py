@@ -98,6 +98,7 @@ def _unscaled_first(update):
 def _commit_on_replicas(update):
     if tf.__internal__.distribute.strategy_supports_no_merge_call():
         # All GPUs, and XLA compiles what each of them runs.
+        tensorflow_replicas.require_one_gpu()
         with tensorflow_replicas.on_reduced_gradients(update.optimizer):
             _commit_by_select(update)
         return

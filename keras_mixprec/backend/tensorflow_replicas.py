@@ -28,6 +28,23 @@ def branches_across() -> bool:
     return tf.distribute.has_strategy() and not one_device
 
 
+def require_one_gpu() -> None:
+    """Raise a `ValueError` if this process has several, each compiled by XLA alone.
+
+    Every optimizer of Keras then fails: it counts its steps in a variable that the
+    first replica hands to the others, in a `merge_call` that XLA cannot compile.
+    """
+    strategy = tf.distribute.get_strategy()
+    devices = strategy.extended.worker_devices
+    if len(devices) > 1:
+        raise ValueError(
+            "XLA cannot compile what each of several GPUs runs: optimizers of Keras "
+            "leave the replica to count their steps. Received: `apply()` in a function "
+            f"with jit_compile=True on {len(devices)} GPUs of "
+            f"{type(strategy).__name__}. Leave jit_compile=True away."
+        )
+
+
 def reduce_gradients(grads: list) -> list:
     """Return the gradients summed over the replicas, `None` where there is none.
 

@@ -340,8 +340,9 @@ def inspected(kind):
 
 def _count(program):
     found = collections.defaultdict(lambda: np.zeros(2, int))
-    # On a GPU an operation starts in one line and is done in another.
-    pattern = r" = (.*?) (all-\w+|reduce-scatter)(?:-start)?\("
+    # On a GPU an operation may start in one line and be done in another; the type in
+    # the first holds what goes in as well.
+    pattern = r" = (.*?) (all-\w+|reduce-scatter)(?:-done)?\("
     for type_, name in re.findall(pattern, program):
         shapes = re.findall(r"\[([\d,]*)\]", type_)
         numbers = sum(math.prod(map(int, filter(None, s.split(",")))) for s in shapes)

@@ -92,11 +92,34 @@ def xla(replicas):
             trainer = Trainer(strategy, "all", jit_compile)
             assert trainer.model.jit_compile is jit_compile
             faults.survive(trainer, trainer.optimizer, 1)
+    strategy = tf.distribute.MirroredStrategy(names)
     try:
-        Trainer(tf.distribute.MirroredStrategy(names), "all", True)
+        Trainer(strategy, "all", True)
     except ValueError as error:
         assert "`jit_compile` must be False" in str(error), error
         print("refused", flush=True)
+    try:
+        compiled_loop(strategy)
+    except ValueError as error:
+        assert "XLA cannot compile what each of several GPUs runs" in str(error), error
+        print("refused", flush=True)
+
+
+def compiled_loop(strategy):
+    """A step of one's own, of which XLA compiles what each replica runs.
+
+    On CPUs TensorFlow does not let it: the strategy is told that it does.
+    """
+    trainer = Trainer(strategy, "plain", False)
+    with strategy.scope():
+        # Now, because variables cannot be created while a step is traced.
+        trainer.optimizer.build(trainer.model.trainable_variables)
+    gpus = bool(tf.config.list_logical_devices("GPU"))
+    if not gpus:
+        type(strategy.extended)._use_merge_call = lambda extended: False
+    replica_step = tf.function(trainer.model.train_step, jit_compile=gpus)
+    batch = tuple(map(tf.constant, faults.batches(1)))
+    tf.function(lambda: strategy.run(replica_step, args=(batch,)))()
 
 
 def curves(replicas, *inners):

@@ -219,7 +219,8 @@ def _threads():
 
 
 if __name__ == "__main__":
-    start()
+    # Well within the deadline, so that NCCL says itself that one is gone.
+    start(patience=30)
     globals()[sys.argv[1]](*sys.argv[2:])
     leave()
     # One that has ended may still be listed for a moment.
