@@ -55,7 +55,8 @@ def train(model, step, batches, epochs, callbacks=(), verbose=True):
     for epoch in range(model._initial_epoch or 0, epochs):
         model.reset_metrics()
         callbacks.on_epoch_begin(epoch)
-        for batch in batches:
+        for i, batch in enumerate(batches):
+            callbacks.on_train_batch_begin(i)
             step(batch)
         # Sums over the workers, so that all of them have to ask.
         logs = {k: float(v) for k, v in model.get_metrics_result().items()}

@@ -17,14 +17,15 @@ def tensor_core_advice(model: keras.Model, logs: dict[str, float]) -> str | None
 
     Args:
         model: Compiled `keras.Model`.
-        logs: The logs of an epoch, with `tensor_core_util` and `gpu_util` in percent.
+        logs: `tensor_core_util` and `gpu_util`, in percent of an epoch without its
+            first batch, in which a model may be compiled.
     """
     share = logs.get("tensor_core_util")
     if share is None or share >= IDLE_TENSOR_CORES or not _computes_in_half(model):
         return None
     return (
-        f"Tensor cores were busy {share:.1f}% of the epoch although "
-        f"'{model.name}' computes in half precision. Likely reason: "
+        f"Tensor cores were busy {share:.1f}% of an epoch, its first batch apart, "
+        f"although '{model.name}' computes in half precision. Likely reason: "
         f"{_likely_reason(model, _half_products(model), logs.get('gpu_util'))}"
     )
 

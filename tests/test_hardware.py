@@ -446,7 +446,7 @@ def compiled(units=16, dtype="mixed_float16", jit_compile=True):
 def test_advice_names_the_likely_reason(arguments, gpu_util, expected):
     logs = {"tensor_core_util": 0.4, "gpu_util": gpu_util}
     advice = tensor_core_advice(compiled(**arguments), logs)
-    assert "busy 0.4% of the epoch" in advice
+    assert "busy 0.4% of an epoch" in advice
     assert expected in advice
 
 

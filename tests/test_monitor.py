@@ -155,3 +155,33 @@ def test_says_where_overflows_began_after_epochs_with_overflows_only(caplog):
     assert said.startswith(
         "Epoch 1: 1 step overflowed this epoch; in it the loss itself was not finite"
     )
+
+
+def test_tensor_cores_are_judged_by_an_epoch_without_its_first_batch(
+    monkeypatch, caplog
+):
+    idle, busy = {"tensor_core_util": 0.5}, {"tensor_core_util": 57.0}
+    found, started = [], []
+
+    def start():
+        started.append(found[len(started)])
+        return started[-1]
+
+    monkeypatch.setattr(hardware, "start_activity", start)
+    monkeypatch.setattr(hardware, "read_activity", lambda start: dict(start or {}))
+    # From the beginning of an epoch, and from its second batch, in two epochs.
+    found[:] = [idle, busy, idle, busy]
+    history = fit(half_classifier(), [mp.MixedPrecisionMonitor()])
+    assert history["tensor_core_util"] == [0.5, 0.5]
+    assert len(started) == 4 and "Tensor cores" not in caplog.text
+    started.clear()
+    # Once said, nothing is measured for it any more.
+    found[:] = [busy, idle, busy]
+    fit(half_classifier(), [mp.MixedPrecisionMonitor()])
+    assert caplog.text.count("Tensor cores were busy 0.5%") == 1
+    assert len(started) == 3
+    started.clear()
+    # An epoch of one batch may be nothing but compilation.
+    found[:] = [idle, idle]
+    fit(half_classifier(), [mp.MixedPrecisionMonitor()], samples=32, bad=[])
+    assert caplog.text.count("Tensor cores") == 1

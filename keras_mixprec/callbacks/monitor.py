@@ -95,6 +95,7 @@ summed over devices; per device too (`gpu_memory_mb_0`, ...) where there are sev
         self._counters_before = None
         self._overflows = {}
         self._activity = None
+        self._since_second_batch = None
         self._advised = False
 
     def set_model(self, model: keras.Model) -> None:
@@ -126,9 +127,15 @@ summed over devices; per device too (`gpu_memory_mb_0`, ...) where there are sev
         self._last_batch = 0
         hardware.reset_peak_memory()
         self._activity = hardware.start_activity()
+        self._is_first, self._since_second_batch = True, None
 
     def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
         """Write what the batches before came to, if asked to."""
+        if batch and self._is_first:
+            # What the advice goes by: the first batch may have compiled for minutes.
+            self._is_first = False
+            if self._activity and not self._advised:
+                self._since_second_batch = hardware.start_activity()
         # Not after a batch: a hook there switches off asynchronous dispatch.
         if not (self._every and self._outputs):
             return
@@ -145,7 +152,7 @@ summed over devices; per device too (`gpu_memory_mb_0`, ...) where there are sev
         own = self._read_scales() | self._read_memory()
         own |= hardware.read_activity(self._activity)
         logs |= own
-        self._advise(logs)
+        self._advise()
         skipped = any(n for key, n in own.items() if key.endswith("overflow_count"))
         where = self._attribute(epoch) if skipped else None
         if self._outputs:
@@ -181,9 +188,10 @@ summed over devices; per device too (`gpu_memory_mb_0`, ...) where there are sev
             step = max(step, steps)
         self._outputs.batch(values, step)
 
-    def _advise(self, logs):
-        advice = tensor_core_advice(self.model, logs)
-        if advice and not self._advised:
+    def _advise(self):
+        found = hardware.read_activity(self._since_second_batch)
+        advice = tensor_core_advice(self.model, found)
+        if advice:
             self._advised = True
             self._say_once(advice)
 
