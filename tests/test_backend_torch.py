@@ -1,5 +1,6 @@
 """torch: what only an accelerator does, done on a CPU."""
 
+import functools
 import gc
 import types
 import weakref
@@ -315,6 +316,25 @@ def test_rows_are_measured_by_a_compiled_function_as_without(dtype):
         x = torch.linspace(-1e5, 1e5, 1024 * rows).to(dtype).reshape(rows, -1)
         x[0, 0], x[-1, -1], x[0, 1] = torch.nan, torch.inf, 0.0
         assert all(map(torch.equal, compiled(x), measure(x)))
+
+
+# The compiler warns of what it finds in torch.
+@pytest.mark.filterwarnings("ignore")
+def test_the_limits_of_each_dtype_are_constants_of_its_program(monkeypatch):
+    inputs_of = []
+
+    def keep(program, inputs):
+        inputs_of.append(inputs)
+        return program
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=keep))
+    for dtype in (torch.float16, torch.float32, torch.bfloat16):
+        measure = torch_carrier._measuring_rows(dtype)
+        compiled = torch_carrier._compiled(measure, dtype, torch.device("cpu"))
+        for rows in (2, 17):
+            compiled(torch.ones(rows, 1024, dtype=dtype))
+    # One program each, and of its inputs nothing but the rows and their number.
+    assert [len(inputs) for inputs in inputs_of] == [2, 2, 2]
 
 
 def test_ever_new_shapes_are_measured_right_and_do_not_pile_up(monkeypatch):

@@ -238,7 +238,9 @@ def _measuring(dtype, device):
 
 
 def _compiled(measure, dtype, device):
-    compiled = torch.compile(measure)
+    # Else the limits of a second dtype would be variables of its program, and integers
+    # of another size than the values: torch 2.11 fails to compile that for a GPU.
+    compiled = torch.compile(measure, dynamic=False)
     rows = torch.linspace(-1, 1, 4 * _columns(device), device=device)
     rows = rows.to(dtype).reshape(4, -1)
     # One program for any number of rows, but for a single one.
