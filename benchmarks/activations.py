@@ -1,32 +1,58 @@
 """Activation functions in float32: what XLA makes of the casts, and the time.
 
     KERAS_BACKEND=jax python benchmarks/activations.py
+    KERAS_BACKEND=tensorflow python benchmarks/activations.py --size small
 
-Compiles the forward pass of a stack of Dense layers with gelu on JAX, with and
-without `activations="float32"`; prints the number of fusions and other operations in
-the optimized program, and the median time of both, run in turns.
+A stack of Dense layers with gelu, compiled by XLA, with and without
+`activations="float32"`. Two rows: the forward pass, and the train step with our loss
+scaling. The two models take turns, block by block; the ratio is of the one with float32
+functions to the other. At the full size an activation has 64 MiB in half precision, so
+that reading it once more would show. On JAX the row of the forward pass also has how
+many operations the optimized program launches with either.
 """
 
+import argparse
 import collections
+import functools
 import re
 import statistics
 import time
 
-import jax
 import keras
 import numpy as np
+from backends import current
+from backends import versions
 from keras import layers
+from rows import emit
+from rows import place
 
 import keras_mixprec as mp
 
-WIDTH, DEPTH, BATCH, ROUNDS = 256, 6, 256, 15
+# Width of a layer, how many, and samples in a batch.
+SIZES = {"full": (4096, 4, 8192), "small": (256, 6, 256)}
+KINDS = ("half", "float32")
 
 
-def forward(policy, activations):
+def build(policy, activations, size="small"):
+    """Return the model, and a batch for it."""
+    width, depth, batch = SIZES[size]
     keras.utils.set_random_seed(0)
-    hidden = [layers.Dense(WIDTH, activation="gelu") for _ in range(DEPTH)]
-    model = keras.Sequential([keras.Input((WIDTH,)), *hidden, layers.Dense(1)])
+    hidden = [layers.Dense(width, activation="gelu") for _ in range(depth)]
+    model = keras.Sequential([keras.Input((width,)), *hidden, layers.Dense(1)])
     mp.convert(model, policy, activations=activations)
+    x = np.random.default_rng(0).normal(size=(batch, width)).astype("float32")
+    return model, x
+
+
+def forward(model, x):
+    """Return the forward pass as a compiled function of nothing, and its program."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        call = tf.function(lambda x: model(x, training=False), jit_compile=True)
+        return functools.partial(call, x), None
+    import jax
+
     values = [v.value for v in model.variables]
 
     def call(values, x):
@@ -34,41 +60,119 @@ def forward(policy, activations):
         with keras.StatelessScope(state_mapping=mapping):
             return model(x, training=False)
 
-    x = np.random.default_rng(0).normal(size=(BATCH, WIDTH)).astype("float32")
     compiled = jax.jit(call).lower(values, x).compile()
-    return compiled, values, x
+    return functools.partial(compiled, values, x), compiled.as_text()
 
 
-def operations(compiled):
+def operations(program):
     """Count the operations of the entry computation: what is launched one by one."""
-    text = compiled.as_text()
-    entry = text[text.index("ENTRY") :]
+    entry = program[program.index("ENTRY") :]
     names = re.findall(r"= \S+ ([a-z\-]+)\(", entry)
     return collections.Counter(n for n in names if n not in ("parameter", "tuple"))
 
 
-def milliseconds(compiled, values, x):
-    start = time.perf_counter()
-    for _ in range(5):
-        jax.block_until_ready(compiled(values, x))
-    return (time.perf_counter() - start) / 5 * 1e3
+class Forward:
+    """Blocks of forward passes."""
+
+    name = "forward"
+
+    def __init__(self, backend, policy, activations, size):
+        self.backend = backend
+        model, x = build(policy, activations, size)
+        self.call, self.program = forward(model, backend.put(x))
+
+    def steps(self, n):
+        """Call `n` times, and wait for the device."""
+        for _ in range(n):
+            result = self.call()
+        # The device works in order: with the last one it is done.
+        keras.ops.convert_to_numpy(result)
+
+
+class Train:
+    """Blocks of train steps."""
+
+    name = "train step"
+    program = None
+
+    def __init__(self, backend, policy, activations, size):
+        self.backend = backend
+        self.model, x = build(policy, activations, size)
+        optimizer = mp.LossScaleOptimizer(keras.optimizers.Adam(1e-5))
+        self.model.compile(optimizer, "mse", jit_compile=True)
+        self.data = backend.put((x, np.zeros((len(x), 1), "float32")))
+        self.model._symbolic_build(data_batch=self.data)
+        self.model.make_train_function()
+
+    def steps(self, n):
+        """Train for `n` steps, and wait for the device."""
+        self.backend.steps(self.model, self.data, n)
+        self.backend.wait()
+
+
+def measure(backend, what, policy, options):
+    """Return the row of one of the two, under one policy."""
+    runners = {a: what(backend, policy, a, options.size) for a in KINDS}
+    seconds = {a: [] for a in KINDS}
+    for runner in runners.values():
+        runner.steps(3)
+    for turn in range(options.blocks):
+        # Another one begins each round.
+        for a in KINDS if turn % 2 else KINDS[::-1]:
+            start = time.perf_counter()
+            runners[a].steps(options.steps)
+            seconds[a].append(time.perf_counter() - start)
+    each = [b / a for a, b in zip(*seconds.values(), strict=True)]
+    width, depth, batch = SIZES[options.size]
+    row = {
+        "benchmark": "activations",
+        "what": what.name,
+        "backend": keras.backend.backend(),
+        "policy": policy,
+        "xla": True,
+        "size": options.size,
+        "width": width,
+        "depth": depth,
+        "batch": batch,
+    }
+    for a in KINDS:
+        row[f"ms_{a}"] = round(1000 * statistics.median(seconds[a]) / options.steps, 4)
+        if runners[a].program:
+            row[f"operations_{a}"] = sum(operations(runners[a].program).values())
+    row |= {
+        "paired_ratio": round(statistics.median(each), 4),
+        "ratio_min": round(min(each), 4),
+        "ratio_max": round(max(each), 4),
+        "blocks": options.blocks,
+        "steps_per_block": options.steps,
+    }
+    return row | place(backend.device(), versions(backend))
+
+
+def parse(arguments=None):
+    """Return the options of the command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--size", choices=SIZES, default="full")
+    parser.add_argument(
+        "--policy", nargs="+", default=["mixed_float16", "mixed_bfloat16"]
+    )
+    parser.add_argument("--steps", type=int, default=20, help="steps per timed block")
+    parser.add_argument("--blocks", type=int, default=15, help="timed blocks")
+    parser.add_argument("--out", help="append the rows to this .jsonl file")
+    options = parser.parse_args(arguments)
+    if keras.backend.backend() == "torch":
+        parser.error("XLA compiles on TensorFlow and JAX. Received: torch.")
+    return options
 
 
 def main():
-    for policy in ("mixed_float16", "mixed_bfloat16"):
-        made = {a: forward(policy, a) for a in ("half", "float32")}
-        times = {a: [] for a in made}
-        for one in made.values():
-            milliseconds(*one)
-        for _ in range(ROUNDS):
-            for a, one in made.items():
-                times[a].append(milliseconds(*one))
-        for a, (compiled, _, _) in made.items():
-            low, high = min(times[a]), max(times[a])
-            print(
-                f"{policy}, activations in {a}: {statistics.median(times[a]):.2f} ms "
-                f"({low:.2f} to {high:.2f}), {dict(operations(compiled))}"
-            )
+    """Measure, and print a row each."""
+    options, backend = parse(), current()
+    for policy in options.policy:
+        for what in (Train, Forward):
+            emit(measure(backend, what, policy, options), options.out)
 
 
 if __name__ == "__main__":

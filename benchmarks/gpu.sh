@@ -8,7 +8,8 @@
 #     JOBS=2 TOGETHER=1 TIMEOUT=400 TOTAL=570 benchmarks/gpu.sh scaling-resnet
 #
 # Groups: tf-xla tf-noxla jax torch precision resnet dlrm mlp peers optimizer;
-# inspector, and scaling and scaling-resnet, which need two GPUs, have to be asked for.
+# inspector, activations, and scaling and scaling-resnet, which need two GPUs, have to
+# be asked for.
 # Without a group: all, the most important first. Results come as JSON lines, printed
 # and appended to OUT (default benchmarks/results). TIMEOUT: seconds per row; TOTAL:
 # seconds in all; JOBS: rows at a time; TOGETHER: not empty, they compile side by side

@@ -116,6 +116,10 @@ PRESETS = {
         torch inspector_overhead.py --seconds 40
         tensorflow inspector_overhead.py --seconds 20 --jit-compile no
     """,
+    "activations": """
+        jax activations.py
+        tensorflow activations.py
+    """,
     # Apart: fewer ResNets fit on a GPU side by side, of 24 GiB each while cuDNN's and
     # XLA's kernels are chosen, than BERTs, of 5 to 7.
     "scaling": f"""

@@ -70,7 +70,8 @@ def _identity(row):
 
 
 def _is_figure(name):
-    return name.startswith("ms_") or "ratio" in name or name.endswith("blocks")
+    starts = name.startswith(("ms_", "operations_"))
+    return starts or "ratio" in name or name.endswith("blocks")
 
 
 def page(rows: list[dict]) -> str:
@@ -115,7 +116,7 @@ def _place(row):
 
 
 def _sections(rows):
-    apart = ("optimizer_step", "scaling", "inspector")
+    apart = ("optimizer_step", "scaling", "inspector", "activations")
     steps = [row for row in rows if row["benchmark"] not in apart]
     for kind in dict.fromkeys(_kind(row) for row in steps):
         model, size, batch = kind
@@ -129,6 +130,10 @@ def _sections(rows):
     if inspected:
         yield _INSPECTED
         yield tables.table(inspected, _INSPECTOR)
+    activations = [row for row in rows if row["benchmark"] == "activations"]
+    if activations:
+        yield _ACTIVATED
+        yield tables.table(activations, _ACTIVATIONS)
     yield from report_scaling.sections(
         [row for row in rows if row["benchmark"] == "scaling"]
     )
@@ -229,6 +234,32 @@ _INSPECTOR = {
         f"{tables.percent(row, 'ratio_min')}, {tables.percent(row, 'ratio_max')}"
     ),
     "pairs x steps": lambda row: f"{row['pairs_of_blocks']} x {row['steps_per_block']}",
+}
+_ACTIVATED = """
+### Activation functions in float32
+
+`convert(model, activations="float32")` against activation functions in half precision:
+a stack of Dense layers with gelu, compiled by XLA. Milliseconds are medians of blocks, of
+the two models in turns; the ratio is that of each pair. Operations are what XLA's program
+of the forward pass launches one by one, with functions in half and in float32.
+"""
+_ACTIVATIONS = {
+    "backend": tables.backend,
+    "policy": lambda row: row["policy"],
+    "what": lambda row: row["what"],
+    "layers, width, batch": lambda row: (
+        f"{row['depth']} x {row['width']}, {row['batch']}"
+    ),
+    "ms, in half": lambda row: f"{row['ms_half']:.3f}",
+    "ms, in float32": lambda row: f"{row['ms_float32']:.3f}",
+    "in pairs": lambda row: tables.percent(row, "paired_ratio"),
+    "lowest and highest": _INSPECTOR["lowest and highest"],
+    "operations": lambda row: (
+        f"{row['operations_half']}, {row['operations_float32']}"
+        if "operations_half" in row
+        else ""
+    ),
+    "blocks x steps": lambda row: f"{row['blocks']} x {row['steps_per_block']}",
 }
 
 
