@@ -34,7 +34,8 @@ FIELDS = (
     "max_abs",
     "min_abs",
 )
-PARTIAL = len(FIELDS) * ROWS
+# Rows of what `partial` returns.
+PARTIAL = len(FIELDS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,14 +117,15 @@ def partial(x: Any, barrier: Callable | None = None) -> tuple[Any, Any]:
         barrier: Identity that the compiler does not look through. Defaults to none.
 
     Returns:
-        float32 tensor of shape `(PARTIAL,)`, flat, since XLA joins concatenations of
-        concatenations where they are along one axis; and `x`, behind the barrier: as
-        the rows lie in memory, so that who reads that needs no `x` in another layout.
+        float32 tensor of shape `(PARTIAL, ROWS)`, to be concatenated along the first
+        axis: XLA joins concatenations of concatenations where they are along one. And
+        `x`, behind the barrier: as the rows lie in memory, so that who reads that needs
+        no `x` in another layout.
     """
     known = [n for n in x.shape if n is not None]
     size = math.prod(known)
     if not size:
-        return ops.reshape(_nothing(ops, (ROWS,)), (PARTIAL,)), x
+        return _nothing(ops, (ROWS,)), x
     rows = next(n for n in range(min(size, ROWS), 0, -1) if size % n == 0)
     columns = size // rows if len(known) == len(x.shape) else -1
     parts = next((n for n in (1, 2, 4, 8) if 0 < columns <= _COLUMNS * n), 1)
@@ -133,23 +135,22 @@ def partial(x: Any, barrier: Callable | None = None) -> tuple[Any, Any]:
         table = barrier(table)
         x = ops.reshape(table, ops.shape(x))
     found = _statistics(ops, table, (0, 2))
+    found = ops.stack(found)
     if rows < ROWS:
-        fill = [0.0] * (len(FIELDS) - 1) + [float("inf")]
-        padding = [ops.full((ROWS - rows,), value, "float32") for value in fill]
-        found = [part for pair in zip(found, padding, strict=True) for part in pair]
-    return ops.concatenate(found), x
+        found = ops.concatenate([found, _nothing(ops, (ROWS - rows,))], axis=1)
+    return found, x
 
 
 def total(partials: Any) -> Any:
     """Return the statistics of the tensors that `partial` was called with.
 
     Args:
-        partials: Tensor of shape `(n * PARTIAL,)`.
+        partials: Tensor of shape `(n * PARTIAL, ROWS)`.
 
     Returns:
         float32 tensor of shape `(n, len(FIELDS))`.
     """
-    partials = ops.reshape(partials, (-1, len(FIELDS), ROWS))
+    partials = ops.reshape(partials, (-1, PARTIAL, ROWS))
     counts = ops.sum(partials[:, :-2], axis=-1)
     # As integers, ordered alike: of floats XLA flushes a denormal to 0.
     extremes = ops.view(partials[:, -2:], "int32")

@@ -327,7 +327,9 @@ def test_the_limits_of_each_dtype_are_constants_of_its_program(monkeypatch):
         inputs_of.append(inputs)
         return program
 
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=keep))
+    monkeypatch.setattr(
+        torch, "compile", functools.partial(torch.compile, backend=keep)
+    )
     for dtype in (torch.float16, torch.float32, torch.bfloat16):
         measure = torch_carrier._measuring_rows(dtype)
         compiled = torch_carrier._compiled(measure, dtype, torch.device("cpu"))

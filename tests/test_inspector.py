@@ -1,5 +1,6 @@
 """`OverflowInspector`: planted faults are named, and every count is exact."""
 
+import contextlib
 import json
 import logging
 import pathlib
@@ -497,3 +498,68 @@ def test_where_a_backward_overflow_starts():
 def test_bad_arguments_raise(arguments, message):
     with pytest.raises(ValueError, match=message):
         OverflowInspector(**arguments)
+
+
+class Block(keras.layers.Layer):
+    """Two layers, computed anew in the backward pass if `remat`."""
+
+    def __init__(self, remat, **arguments):
+        super().__init__(**arguments)
+        self.remat = remat
+        self.inner = [dense(4, "inner"), dense(2, "last")]
+
+    def build(self, shape):
+        self.inner[0].build(shape)
+        self.inner[1].build((None, 4))
+
+    def call(self, x):
+        def call(x):
+            return self.inner[1](self.inner[0](x))
+
+        return keras.remat(call)(x) if self.remat else call(x)
+
+
+class Either(keras.layers.Layer):
+    """The one of two layers that a condition chooses, and once more the first."""
+
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        self.inner = [dense(4, "chosen"), dense(4, "other")]
+
+    def build(self, shape):
+        for layer in self.inner:
+            layer.build(shape)
+
+    def call(self, x):
+        chosen, other = self.inner
+        first = ops.cond(ops.sum(x) > 0, lambda: chosen(x), lambda: other(x))
+        return first + chosen(x * 4)
+
+
+def ranges_of(*layers):
+    inspector = OverflowInspector(batches=[1])
+    inspect(compiled(*layers), inspector, *data(2))
+    (frame,) = inspector.report.frames
+    return frame.ranges
+
+
+# Keras 3.15.1 cannot compile a model made in the scope on TensorFlow.
+@pytest.mark.parametrize("scope", [False] if BACKEND == "tensorflow" else [False, True])
+def test_what_is_computed_anew_in_the_backward_pass_is_measured_alike(scope):
+    with keras.RematScope(mode="full") if scope else contextlib.nullcontext():
+        anew = ranges_of(Block(not scope, name="block"), dense(2, "end"))
+    once = ranges_of(Block(False, name="block"), dense(2, "end"))
+    assert anew == once and len(once) == 11, (anew, once)
+
+
+# On torch a condition is Python's.
+@pytest.mark.filterwarnings("ignore:Gradients do not exist")
+def test_layers_in_the_branches_of_a_condition_are_measured():
+    found = ranges_of(Either(name="either"), dense(2, "end"))
+    # Of two calls, of which one lies in a branch; the other branch was not taken.
+    chosen = found["either/chosen", "activation"]
+    assert (chosen.values, chosen.max_abs, chosen.min_abs) == (16, 16.0, 4.0)
+    chosen = found["either/chosen", "gradient"]
+    assert (chosen.values, chosen.max_abs, chosen.min_abs) == (16, 2.0, 2.0)
+    assert ("either/other", "activation") not in found
+    assert ("either/other", "gradient") not in found

@@ -14,6 +14,7 @@ from keras import ops
 
 from keras_mixprec.ranges import FIELDS
 from keras_mixprec.ranges import PARTIAL
+from keras_mixprec.ranges import ROWS
 from keras_mixprec.ranges import measure_each
 from keras_mixprec.ranges import total
 
@@ -39,8 +40,11 @@ class GradientCarrier:
 
     def __init__(self, paths: list, calls: int, partial):
         self._calls, self._partial = calls, partial
-        self.variables = [_probe(calls, path) for path in paths]
+        self.variables = self._make_probes(paths)
         self.start()
+
+    def _make_probes(self, paths):
+        return [make_probe(2 * self._calls, path) for path in paths]
 
     def start(self):
         """Begin a step."""
@@ -60,7 +64,7 @@ class GradientCarrier:
             def gradient(*args, upstream=None):
                 upstream = args[0] if upstream is None else upstream
                 backward, upstream = partial(upstream)
-                none = ops.zeros((before * PARTIAL,)), ops.zeros((after * PARTIAL,))
+                none = [ops.zeros((n * PARTIAL, ROWS)) for n in (before, after)]
                 parts = [none[0], forward, backward, none[1]]
                 return upstream, ops.concatenate(parts)
 
@@ -126,13 +130,14 @@ def _totals(partials):
     return [total(ops.concatenate(partials))] if partials else []
 
 
-def _probe(calls, path):
+def make_probe(tensors, path):
+    """Return a variable whose gradient is what was measured of so many tensors."""
     # Names must differ: Keras keeps some variables by name.
     name = f"keras_mixprec_probe_{path.replace('/', '_')}"
     # Not autocast: in a float16 layer counts would end at 65504, and be rounded.
     return keras.Variable(
         initializer="zeros",
-        shape=(2 * calls * PARTIAL,),
+        shape=(tensors * PARTIAL, ROWS),
         dtype="float32",
         autocast=False,
         name=name,

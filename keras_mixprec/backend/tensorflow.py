@@ -8,7 +8,7 @@ from tensorflow.compiler.tf2xla.python import xla as xla_ops
 from keras_mixprec import ranges
 from keras_mixprec.backend import stateful
 from keras_mixprec.backend import tensorflow_replicas
-from keras_mixprec.backend.gradient_carrier import GradientCarrier
+from keras_mixprec.backend.tensorflow_carrier import SparseCarrier
 from keras_mixprec.backend.tensorflow_commit import commit  # noqa: F401
 from keras_mixprec.backend.tensorflow_commit import read
 from keras_mixprec.backend.tensorflow_commit import restore_by_cond
@@ -95,7 +95,7 @@ def gradients(function, variables, tensors):
 
 
 def carrier(paths, calls):
-    return GradientCarrier(paths, calls, _partial)
+    return SparseCarrier(paths, calls, _partial)
 
 
 def _partial(x):

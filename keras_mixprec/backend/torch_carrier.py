@@ -24,6 +24,8 @@ _COLUMNS = {"cuda": 2**14, "cpu": 2**10}
 _WAITING = 2**29
 # Kept at most: with batches of ever new shapes there would be no end.
 _LAYOUTS = 256
+# What torch says in place of a backward pass's number.
+_NO_BACKWARD_PASS = -1
 
 
 class PendingCarrier:
@@ -57,12 +59,14 @@ class PendingCarrier:
     def tap(self, layer: int, call: int, x):
         """Return `x`, which is measured."""
         row = 2 * (layer * self._calls + call)
-        kept = x.detach()
-        if row not in self._written:
-            self._watched.append((row, kept, kept._version))
-        if self._learns or row in self._written:
-            kept = kept.clone()
-        self._take(row, kept)
+        # In the backward pass checkpointing computes anew what was measured before.
+        if torch._C._current_graph_task_id() == _NO_BACKWARD_PASS:
+            kept = x.detach()
+            if row not in self._written:
+                self._watched.append((row, kept, kept._version))
+            if self._learns or row in self._written:
+                kept = kept.clone()
+            self._take(row, kept)
         if x.requires_grad:
             x.register_hook(functools.partial(self._take, row + 1))
         return x
