@@ -23,8 +23,10 @@ import numpy as np
 from backends import current
 from backends import versions
 from keras import layers
+from rows import add_turn
 from rows import emit
 from rows import place
+from rows import wait_for_turn
 
 import keras_mixprec as mp
 
@@ -110,11 +112,20 @@ class Train:
         self.backend.wait()
 
 
-def measure(backend, what, policy, options):
+def compiled(backend, what, policy, size):
+    """Return the two runners that are compared, both compiled."""
+    runners = {a: what(backend, policy, a, size) for a in KINDS}
+    for runner in runners.values():
+        runner.steps(3)
+    return runners
+
+
+def measure(backend, runners, policy, options):
     """Return the row of one of the two, under one policy."""
-    runners = {a: what(backend, policy, a, options.size) for a in KINDS}
+    what = runners[KINDS[0]]
     seconds = {a: [] for a in KINDS}
     for runner in runners.values():
+        # Others have used the device since it was compiled.
         runner.steps(3)
     for turn in range(options.blocks):
         # Another one begins each round.
@@ -160,6 +171,7 @@ def parse(arguments=None):
     )
     parser.add_argument("--steps", type=int, default=20, help="steps per timed block")
     parser.add_argument("--blocks", type=int, default=15, help="timed blocks")
+    add_turn(parser)
     parser.add_argument("--out", help="append the rows to this .jsonl file")
     options = parser.parse_args(arguments)
     if keras.backend.backend() == "torch":
@@ -170,9 +182,14 @@ def parse(arguments=None):
 def main():
     """Measure, and print a row each."""
     options, backend = parse(), current()
-    for policy in options.policy:
-        for what in (Train, Forward):
-            emit(measure(backend, what, policy, options), options.out)
+    pairs = [
+        (policy, compiled(backend, what, policy, options.size))
+        for policy in options.policy
+        for what in (Train, Forward)
+    ]
+    wait_for_turn(options.wait_for_turn)
+    for policy, runners in pairs:
+        emit(measure(backend, runners, policy, options), options.out)
 
 
 if __name__ == "__main__":

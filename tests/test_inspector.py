@@ -500,7 +500,7 @@ def test_bad_arguments_raise(arguments, message):
         OverflowInspector(**arguments)
 
 
-class Block(keras.layers.Layer):
+class Anew(keras.layers.Layer):
     """Two layers, computed anew in the backward pass if `remat`."""
 
     def __init__(self, remat, **arguments):
@@ -547,8 +547,8 @@ def ranges_of(*layers):
 @pytest.mark.parametrize("scope", [False] if BACKEND == "tensorflow" else [False, True])
 def test_what_is_computed_anew_in_the_backward_pass_is_measured_alike(scope):
     with keras.RematScope(mode="full") if scope else contextlib.nullcontext():
-        anew = ranges_of(Block(not scope, name="block"), dense(2, "end"))
-    once = ranges_of(Block(False, name="block"), dense(2, "end"))
+        anew = ranges_of(Anew(not scope, name="block"), dense(2, "end"))
+    once = ranges_of(Anew(False, name="block"), dense(2, "end"))
     assert anew == once and len(once) == 11, (anew, once)
 
 

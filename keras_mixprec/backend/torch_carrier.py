@@ -19,8 +19,10 @@ _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 # many, which a GPU adds to the same few numbers one after the other; of long ones more
 # is filler, which keeps a CPU busy.
 _COLUMNS = {"cuda": 2**14, "cpu": 2**10}
-# Bytes of tensors that wait before they are measured. Meanwhile they take about twice
-# that, and four times where nothing compiles.
+# Of a GPU's memory, what tensors that wait to be measured may hold. Meanwhile they take
+# about twice that, and four times where nothing compiles.
+_SHARE = 1 / 64
+# The same in bytes where there is no GPU.
 _WAITING = 2**29
 # Kept at most: with batches of ever new shapes there would be no end.
 _LAYOUTS = 256
@@ -47,6 +49,7 @@ class PendingCarrier:
         # ones is found out in the first step, in which all are.
         self._written: set = set()
         self._learns = True
+        self._most_bytes = _most_bytes()
         self.start()
 
     def start(self):
@@ -102,7 +105,7 @@ class PendingCarrier:
         # Called for every tensor, while the GPU waits: nothing else belongs here.
         self._waiting.append((row, x))
         self._bytes += x.nbytes
-        if self._bytes >= _WAITING:
+        if self._bytes >= self._most_bytes:
             self._measure()
 
     @torch.no_grad()
@@ -149,7 +152,7 @@ class PendingCarrier:
         layout = self._kept(("layout", *sizes), lambda: _layout(sizes, columns), device)
         values = self._kept(("values", *sizes), lambda: sizes, device)
         parts = [torch.cat(p) for p in zip(*measured.parts, strict=True)]
-        return _totals(dtype, *parts, layout, values)
+        return _totals(dtype, parts, layout, values)
 
     def _kept(self, key, make, device):
         # Every step has the same shapes: their layout goes to the device once.
@@ -169,6 +172,12 @@ class _Measured:
     parts: list
 
 
+def _most_bytes():
+    if not torch.cuda.is_available():
+        return _WAITING
+    return _SHARE * torch.cuda.get_device_properties("cuda").total_memory
+
+
 def _columns(device):
     return _COLUMNS.get(device.type, _COLUMNS["cuda"])
 
@@ -178,11 +187,12 @@ def _layout(sizes, columns):
     return [i for i, size in enumerate(sizes) for _ in range(-(-size // columns))]
 
 
-def _totals(dtype, below, largest, smallest, layout, values):
+def _totals(dtype, found, layout, values):
     """Add up by tensor what `_measuring_rows` found; NaN beyond `values` fills rows."""
     limits = bit_limits(_name(dtype))
-    count = values.new_zeros(len(values), below.shape[1])
-    count.index_add_(0, layout, below.long())
+    *below, largest, smallest = found
+    count = values.new_zeros(len(values), len(below))
+    count.index_add_(0, layout, torch.stack(below, 1).long())
     columns = dict(zip(dict.fromkeys(limits), count.unbind(1), strict=True))
     zero, to_zero, subnormal, normal, finite = (columns[n] for n in limits)
 
@@ -208,9 +218,9 @@ def _measuring_rows(dtype):
     """Return a function of rows of a dtype: counts below its limits, largest, smallest.
 
     On the bit patterns: those of magnitudes are ordered as the magnitudes are, and half
-    precision takes half the memory of a float32 copy. Counts are int32 of shape
-    `(rows, limits that differ)`; the largest and smallest are bit patterns, the
-    smallest that of inf where there is none.
+    precision takes half the memory of a float32 copy. All are of shape `(rows,)`: an
+    int32 count for each limit that differs; the largest and smallest as bit patterns,
+    the smallest that of inf where there is none.
     """
     limits, kind = bit_limits(_name(dtype)), _INTEGER[dtype.itemsize]
     different, infinity = tuple(dict.fromkeys(limits)), limits[-1]
@@ -221,7 +231,8 @@ def _measuring_rows(dtype):
         below = [(bits < n).sum(1, dtype=torch.int32) for n in different]
         largest = bits.where(bits < infinity, 0).amax(1)
         smallest = bits.where(bits > 0, infinity).amin(1).clamp(max=infinity)
-        return torch.stack(below, 1), largest, smallest
+        # Not stacked: that would be a kernel for each.
+        return *below, largest, smallest
 
     return measure
 
