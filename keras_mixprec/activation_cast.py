@@ -1,7 +1,8 @@
 """Activation functions in float32, between a matrix product and its next in half.
 
 The product and its bias come in half precision and the result goes on in it; only the
-function in between sees float32. A compiler fuses the two casts with it.
+function in between sees float32. A compiler fuses the two casts with it, and the
+backward pass computes it anew: what is kept for that stays in half precision too.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import functools
 
 import keras
 
+from keras_mixprec.backend import engine
 from keras_mixprec.structure import is_float
 
 
@@ -32,8 +34,12 @@ def cast_activation(layer: keras.Layer) -> None:
     def in_float32(x, *args, **kwargs):
         if not is_float(x):
             return activation(x, *args, **kwargs)
-        y = activation(keras.ops.cast(x, "float32"), *args, **kwargs)
-        return keras.ops.cast(y, x.dtype)
+
+        def function(x):
+            y = activation(keras.ops.cast(x, "float32"), *args, **kwargs)
+            return keras.ops.cast(y, x.dtype)
+
+        return engine.recomputed(function)(x)
 
     layer.activation = in_float32
     layer._mixprec_activation = "float32"

@@ -1,5 +1,7 @@
 """`convert(..., activations="float32")`: only the function sees float32."""
 
+import contextlib
+import io
 import pathlib
 import re
 
@@ -135,6 +137,66 @@ def test_xla_fuses_the_casts_with_the_function(monkeypatch):
     assert activations.operations(full) == activations.operations(half)
     depth = activations.SIZES["small"][1]
     assert sum(activations.operations(half).values()) > depth
+
+
+def kept_for_backward(model, x):
+    """Lines of JAX's own list of what the forward pass keeps: `f16[32,16] ...`."""
+    import jax.ad_checkpoint
+
+    values = [v.value for v in model.trainable_variables]
+
+    def loss(values):
+        mapping = list(zip(model.trainable_variables, values, strict=True))
+        with keras.StatelessScope(state_mapping=mapping):
+            return ops.sum(model(x, training=True))
+
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        jax.ad_checkpoint.print_saved_residuals(loss, values)
+    lines = printed.getvalue().splitlines()
+    return [line for line in lines if "from the argument" not in line]
+
+
+@pytest.mark.skipif(keras.backend.backend() != "jax", reason="asks JAX what it keeps")
+def test_nothing_is_kept_in_float32_for_the_backward_pass():
+    model = make("gelu")
+    mp.convert(model)
+    half = kept_for_backward(model, data())
+    mp.convert(model, activations="float32")
+    full = kept_for_backward(model, data())
+    assert half and len(full) < len(half), (half, full)
+    # But what goes into the last layer, which is float32 either way.
+    float32 = [[x for x in lines if x.startswith("f32")] for lines in (half, full)]
+    assert float32[0] == float32[1] and len(float32[0]) == 1, float32
+
+
+class Slope(layers.Dense):
+    """Its activation function has a weight."""
+
+    def build(self, shape):
+        super().build(shape)
+        self.slope = self.add_weight(shape=(), initializer="ones", autocast=False)
+        self.activation = self.function
+
+    def function(self, x):
+        return ops.gelu(x * ops.cast(self.slope, x.dtype))
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="its XLA")
+def test_gradients_are_those_of_the_function_compiled_or_not():
+    losses = []
+    for jit_compile in (True, False):
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((8,))
+        x = make("gelu")(Slope(8, name="slope")(inputs))
+        model = keras.Model(inputs, x)
+        mp.convert(model, activations="float32")
+        model.compile(keras.optimizers.SGD(0.5), "mse", jit_compile=jit_compile)
+        y = np.ones((32, 2), "float32")
+        history = model.fit(data(), y, epochs=5, verbose=0, shuffle=False).history
+        losses.append(history["loss"])
+    np.testing.assert_allclose(*losses, rtol=1e-3)
+    assert losses[0][-1] < 0.5 * losses[0][0]
 
 
 def test_arguments():

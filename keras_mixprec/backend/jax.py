@@ -181,6 +181,11 @@ def gradients(function, variables, tensors):
     return jax.grad(value, argnums=(0, 1))(values, list(tensors))
 
 
+def recomputed(function):
+    """Return a function that keeps its argument alone for its backward pass."""
+    return jax.checkpoint(function)
+
+
 def carrier(paths, calls):
     return GradientCarrier(paths, calls, _partial)
 

@@ -94,6 +94,35 @@ def gradients(function, variables, tensors):
     return found[: len(values)], found[len(values) :]
 
 
+def recomputed(function):
+    """Return a function that keeps its argument alone for its backward pass.
+
+    Where XLA compiles it. Op by op its launches would cost more than its memory.
+    """
+    return _recomputed(function) if is_compiling() else function
+
+
+def _recomputed(function):
+    @tf.custom_gradient
+    def call(x):
+        def gradient(upstream, variables=()):
+            # `tf.recompute_grad` ties it to the upstream gradient by adding 0 to `x`,
+            # which XLA does not fuse with what reads the result.
+            (same,) = xla_ops.optimization_barrier(x)
+            with tf.GradientTape() as tape:
+                tape.watch(same)
+                y = function(same)
+            sources = [same, *variables]
+            found = tape.gradient(y, sources, upstream, unconnected_gradients="zero")
+            # Or XLA writes the gradient out in float32 for the sum over the batch.
+            (of_x,) = xla_ops.optimization_barrier(found[0])
+            return (of_x, found[1:]) if variables else of_x
+
+        return function(x), gradient
+
+    return call
+
+
 def carrier(paths, calls):
     return SparseCarrier(paths, calls, _partial)
 
