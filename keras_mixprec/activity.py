@@ -60,6 +60,13 @@ class Activity:
         """Return one `Reading` per device, in CUDA's order."""
         return [watch.read() for watch in self._watches]
 
+    def percent(self) -> list[dict[str, float]]:
+        """Return the percentages of `Reading` alone, those that are known, likewise.
+
+        Memory, power and names take the driver longer than these.
+        """
+        return [watch.percent() for watch in self._watches]
+
 
 class _Watch:
     def __init__(self, nvml, device):
@@ -69,8 +76,12 @@ class _Watch:
         self._energy = self._energy_now()
         self._start = time.time()
 
-    def read(self):
+    def percent(self):
         percent = self._gpm_percent() or {"gpu_util": self._sampled_util()}
+        return {name: value for name, value in percent.items() if value is not None}
+
+    def read(self):
+        percent = self.percent()
         memory = ask(self._nvml, "nvmlDeviceGetMemoryInfo", self._device.handle)
         return Reading(
             name=self._name,

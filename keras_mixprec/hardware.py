@@ -127,11 +127,14 @@ def read_devices(start: Activity | None) -> list[Reading]:
     Args:
         start: What `start_activity` returned.
     """
-    readings = start.read() if start else []
+    return _of_used_devices(start.read()) if start else []
+
+
+def _of_used_devices(found):
     peaks = [peak for _, peak in engine.memory_info().values()]
-    if len(peaks) != len(readings) or not any(peaks):
-        return readings
-    return [r for r, peak in zip(readings, peaks, strict=True) if peak]
+    if len(peaks) != len(found) or not any(peaks):
+        return found
+    return [of_device for of_device, peak in zip(found, peaks, strict=True) if peak]
 
 
 def read_activity(start: Activity | None) -> dict[str, float]:
@@ -143,13 +146,12 @@ def read_activity(start: Activity | None) -> dict[str, float]:
     Args:
         start: What `start_activity` returned.
     """
-    readings = read_devices(start)
+    devices = _of_used_devices(start.percent()) if start else []
     logs = {}
     for key in ("gpu_util", "tensor_core_util"):
-        values = {i: getattr(r, key) for i, r in enumerate(readings)}
-        known = {i: v for i, v in values.items() if v is not None}
+        known = {i: d[key] for i, d in enumerate(devices) if key in d}
         if known:
             logs[key] = sum(known.values()) / len(known)
-        if len(readings) > 1:
+        if len(devices) > 1:
             logs |= {f"{key}_{i}": v for i, v in known.items()}
     return logs

@@ -54,7 +54,8 @@ class Instrument:
         if state:
             return self._run_on_state(state[0], data)
         log = self._probes.log
-        log.assign(ops.zeros(log.shape))
+        if log.shape[0] > 1:
+            self._clear_log()
         result = self._function(data)
         return result, ops.copy(ops.convert_to_tensor(log))
 
@@ -108,6 +109,9 @@ class Instrument:
         @functools.wraps(train_step)
         def step(*args):
             self._probes.start()
+            if self._probes.log.shape[0] == 1 and len(args) == 1:
+                # Where a step is compiled this costs nothing, being overwritten.
+                self._clear_log()
             layers = self._probes.layers
             with (
                 # Where a step is compiled it passes here once, when it is traced.
@@ -118,6 +122,11 @@ class Instrument:
                 return train_step(*args)
 
         return step
+
+    def _clear_log(self):
+        # A step that updates nothing leaves no entry.
+        log = self._probes.log
+        log.assign(ops.zeros(log.shape))
 
     def _tap_outputs(self, layer, call, args, kwargs):
         outputs = call(*args, **kwargs)

@@ -330,6 +330,20 @@ def test_power_without_an_energy_counter_or_time(install, clock):
     assert hardware.read_devices(start)[0].power_w == 120.5
 
 
+def test_an_epoch_asks_the_driver_for_no_more_than_it_logs(install, monkeypatch):
+    asked, real = [], activity.ask
+    monkeypatch.setattr(
+        activity,
+        "ask",
+        lambda library, name, *a: asked.append(name) or real(library, name, *a),
+    )
+    install(FakeNvml(FakeGpu("GPU-a")))
+    assert one_epoch() == {"gpu_util": 90.0, "tensor_core_util": 57.0}
+    assert "nvmlGpmMetricsGet" in asked
+    slow = ("MemoryInfo", "ComputeRunningProcesses", "PowerUsage")
+    assert not {f"nvmlDeviceGet{name}" for name in slow} & set(asked), asked
+
+
 def test_memory_of_the_device_and_of_this_process(install):
     gpu = FakeGpu("GPU-a")
     gpu.processes = [(os.getpid(), 120 * MIB), (1, 99 * MIB)]

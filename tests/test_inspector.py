@@ -500,6 +500,27 @@ def test_bad_arguments_raise(arguments, message):
         OverflowInspector(**arguments)
 
 
+@pytest.mark.skipif(BACKEND == "jax", reason="a compiled step always updates")
+def test_a_step_that_updates_nothing_leaves_no_frame():
+    class Idle(keras.Sequential):
+        """Idles in every second step."""
+
+        seen = 0
+
+        def train_step(self, data):
+            self.seen += 1
+            if self.seen % 2:
+                return super().train_step(data)
+            return self.get_metrics_result()
+
+    model = Idle([keras.Input((4,)), dense(2, "first")])
+    optimizer = mp.LossScaleOptimizer(keras.optimizers.SGD(0.0), 1.0)
+    model.compile(optimizer, product_loss, run_eagerly=True)
+    inspector = OverflowInspector(batches=range(5))
+    inspect(model, inspector, *data(5))
+    assert [f.batch for f in inspector.report.frames] == [0, 2, 4]
+
+
 class Anew(keras.layers.Layer):
     """Two layers, computed anew in the backward pass if `remat`."""
 
