@@ -18,6 +18,7 @@ import dataclasses
 import math
 import os
 import pathlib
+import signal
 import socket
 import statistics
 import subprocess
@@ -286,6 +287,8 @@ def main() -> None:
     if options.worker:
         work(*options.worker)
         return
+    # As an exception, so that a run that is told to end ends its workers too.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))
     for replicas in options.replicas:
         emit(predict(replicas, options.step_ms))
     if options.measure:
