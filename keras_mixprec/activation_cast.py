@@ -1,8 +1,8 @@
 """Activation functions in float32, between a matrix product and its next in half.
 
 The product and its bias come in half precision and the result goes on in it; only the
-function in between sees float32. A compiler fuses the two casts with it, and the
-backward pass computes it anew: what is kept for that stays in half precision too.
+function in between sees float32. XLA fuses the two casts with it, and computes Keras's
+own functions anew in the backward pass: what is kept for that stays in half too.
 """
 
 from __future__ import annotations
@@ -30,6 +30,10 @@ def cast_activation(layer: keras.Layer) -> None:
     if not _is_function(activation) or hasattr(layer, "recurrent_activation"):
         return
 
+    # Of others nobody knows: one that draws numbers would draw others the second time.
+    name = activation.__name__
+    is_pure = getattr(keras.activations, name, None) is activation
+
     @functools.wraps(activation)
     def in_float32(x, *args, **kwargs):
         if not is_float(x):
@@ -39,7 +43,8 @@ def cast_activation(layer: keras.Layer) -> None:
             y = activation(keras.ops.cast(x, "float32"), *args, **kwargs)
             return keras.ops.cast(y, x.dtype)
 
-        return engine.recomputed(function)(x)
+        recomputed = is_pure and not args and not kwargs
+        return (engine.recomputed(function) if recomputed else function)(x)
 
     layer.activation = in_float32
     layer._mixprec_activation = "float32"

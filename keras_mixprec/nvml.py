@@ -70,7 +70,6 @@ def ask(nvml: types.ModuleType, function: str, *args: Any) -> Any:
         return None
 
 
-@functools.lru_cache(maxsize=1)
 def visible_devices(nvml: types.ModuleType, visible: str | None) -> list[Device]:
     """Return the devices that CUDA shows this process, in CUDA's order.
 

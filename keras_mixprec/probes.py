@@ -40,7 +40,10 @@ class Probes:
         self._calls = calls
         self._places = [p for p in measurable(model) if chosen(p.path)]
         self._index = {id(p.layer): i for i, p in enumerate(self._places)}
-        self._carrier = engine.carrier([p.path for p in self._places], calls)
+        # One of the user's own may compute with the gradients.
+        own_step = type(model).train_step is not keras.Model.train_step
+        paths = [p.path for p in self._places]
+        self._carrier = engine.carrier(paths, calls, own_step)
         self._owners = {
             id(variable): place.path
             for place in walk(model)

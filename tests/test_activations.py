@@ -12,8 +12,10 @@ from keras import layers
 from keras import ops
 
 import keras_mixprec as mp
+from keras_mixprec.backend import engine
 from keras_mixprec.present import present_plan
 
+BACKEND = keras.backend.backend()
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 
 
@@ -122,7 +124,7 @@ def test_trains():
     assert model.optimizer.overflow_count == 0
 
 
-@pytest.mark.skipif(keras.backend.backend() != "jax", reason="reads JAX's programs")
+@pytest.mark.skipif(BACKEND != "jax", reason="reads JAX's programs")
 def test_xla_fuses_the_casts_with_the_function(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     import activations
@@ -157,7 +159,7 @@ def kept_for_backward(model, x):
     return [line for line in lines if "from the argument" not in line]
 
 
-@pytest.mark.skipif(keras.backend.backend() != "jax", reason="asks JAX what it keeps")
+@pytest.mark.skipif(BACKEND != "jax", reason="asks JAX what it keeps")
 def test_nothing_is_kept_in_float32_for_the_backward_pass():
     model = make("gelu")
     mp.convert(model)
@@ -171,32 +173,91 @@ def test_nothing_is_kept_in_float32_for_the_backward_pass():
 
 
 class Slope(layers.Dense):
-    """Its activation function has a weight."""
+    """Its activation function takes a second tensor."""
 
     def build(self, shape):
         super().build(shape)
         self.slope = self.add_weight(shape=(), initializer="ones", autocast=False)
-        self.activation = self.function
 
-    def function(self, x):
-        return ops.gelu(x * ops.cast(self.slope, x.dtype))
+    def call(self, x):
+        return self.activation(super().call(x), self.slope)
 
 
-@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="its XLA")
-def test_gradients_are_those_of_the_function_compiled_or_not():
-    losses = []
-    for jit_compile in (True, False):
-        keras.utils.set_random_seed(0)
-        inputs = keras.Input((8,))
-        x = make("gelu")(Slope(8, name="slope")(inputs))
-        model = keras.Model(inputs, x)
-        mp.convert(model, activations="float32")
-        model.compile(keras.optimizers.SGD(0.5), "mse", jit_compile=jit_compile)
-        y = np.ones((32, 2), "float32")
-        history = model.fit(data(), y, epochs=5, verbose=0, shuffle=False).history
-        losses.append(history["loss"])
-    np.testing.assert_allclose(*losses, rtol=1e-3)
-    assert losses[0][-1] < 0.5 * losses[0][0]
+class Noise(layers.Dense):
+    """Its activation function draws numbers."""
+
+    def build(self, shape):
+        super().build(shape)
+        self.seeds, self.activation = keras.random.SeedGenerator(7), self.noisy
+
+    def noisy(self, x):
+        # Not in the dtype of `x`, in which the numbers would be others.
+        noise = keras.random.normal(ops.shape(x), dtype="float32", seed=self.seeds)
+        return x * ops.cast(1 + noise, x.dtype)
+
+
+def scaled(x, slope=1.0):
+    return ops.tanh(x * ops.cast(slope, x.dtype))
+
+
+def trained(layer, jit_compile, activations):
+    """Return the losses of five steps, and what the layer's variables are after."""
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((8,)), layer(), *make("gelu").layers])
+    mp.convert(model, activations=activations)
+    optimizer = mp.LossScaleOptimizer(keras.optimizers.SGD(0.1), 256.0)
+    model.compile(optimizer, "mse", jit_compile=jit_compile)
+    y = np.ones((32, 2), "float32")
+    history = model.fit(data(), y, epochs=5, verbose=0, shuffle=False).history
+    return history["loss"], [ops.convert_to_numpy(v) for v in model.layers[0].variables]
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: layers.Dense(8, activation="gelu"),
+        lambda: Slope(8, activation=scaled),
+        lambda: Noise(8),
+    ],
+    ids=["gelu", "slope", "noise"],
+)
+def test_gradients_are_those_of_the_function_in_half(layer, monkeypatch):
+    anew, real = [], engine.recomputed
+    monkeypatch.setattr(
+        engine, "recomputed", lambda function: anew.append(1) or real(function)
+    )
+    losses, variables = trained(layer, BACKEND != "torch", "float32")
+    # That of the hidden layer too.
+    assert len(anew) >= 2
+    in_half, expected = trained(layer, BACKEND != "torch", "half")
+    np.testing.assert_allclose(losses, in_half, rtol=0.02)
+    assert losses[-1] < 0.9 * losses[0]
+    for found, wanted in zip(variables, expected, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=0.02, atol=5e-3)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="its tapes and its XLA")
+def test_a_gradient_of_a_gradient_passes_what_is_computed_anew():
+    import tensorflow as tf
+
+    from keras_mixprec.backend.tensorflow import _recomputed
+
+    def second(function):
+        def call(x):
+            with tf.GradientTape() as outer:
+                outer.watch(x)
+                with tf.GradientTape() as inner:
+                    inner.watch(x)
+                    y = function(x)
+                first = inner.gradient(y, x)
+            return first, outer.gradient(first, x)
+
+        return tf.function(call, jit_compile=True)(tf.constant([0.5, -1.0, 2.0]))
+
+    for found, expected in zip(
+        second(_recomputed(tf.math.tanh)), second(tf.math.tanh), strict=True
+    ):
+        np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_arguments():

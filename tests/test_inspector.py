@@ -1,6 +1,7 @@
 """`OverflowInspector`: planted faults are named, and every count is exact."""
 
 import contextlib
+import functools
 import json
 import logging
 import pathlib
@@ -521,6 +522,35 @@ def test_a_step_that_updates_nothing_leaves_no_frame():
     assert [f.batch for f in inspector.report.frames] == [0, 2, 4]
 
 
+class Halved(keras.Sequential):
+    """Computes with the gradients before it applies them."""
+
+    def train_step(self, data):
+        import tensorflow as tf
+
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = self.compute_loss(y=y, y_pred=self(x, training=True))
+            scaled = self.optimizer.scale_loss(loss)
+        weights = self.trainable_variables
+        grads = tape.gradient(scaled, weights)
+        grads = [g if g is None else g * 0.5 for g in grads]
+        self.optimizer.apply(grads, weights)
+        return {"loss": loss}
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="sparse gradients")
+def test_a_step_of_ones_own_may_compute_with_gradients():
+    model = Halved([keras.Input((4,)), dense(2, "first")])
+    optimizer = mp.LossScaleOptimizer(keras.optimizers.SGD(0.0), 1.0)
+    model.compile(optimizer, product_loss)
+    inspector = OverflowInspector(batches=[1])
+    inspect(model, inspector, *data(2))
+    (frame,) = inspector.report.frames
+    found = frame.ranges["first", "weight_gradient"]
+    assert found.max_abs == 1.0
+
+
 class Anew(keras.layers.Layer):
     """Two layers, computed anew in the backward pass if `remat`."""
 
@@ -543,8 +573,9 @@ class Anew(keras.layers.Layer):
 class Either(keras.layers.Layer):
     """The one of two layers that a condition chooses, and once more the first."""
 
-    def __init__(self, **arguments):
+    def __init__(self, bare=False, **arguments):
         super().__init__(**arguments)
+        self.bare = bare
         self.inner = [dense(4, "chosen"), dense(4, "other")]
 
     def build(self, shape):
@@ -553,13 +584,15 @@ class Either(keras.layers.Layer):
 
     def call(self, x):
         chosen, other = self.inner
+        if self.bare:
+            other = functools.partial(ops.cast, dtype=HALF.removeprefix("mixed_"))
         first = ops.cond(ops.sum(x) > 0, lambda: chosen(x), lambda: other(x))
         return first + chosen(x * 4)
 
 
-def ranges_of(*layers):
+def ranges_of(*layers, **arguments):
     inspector = OverflowInspector(batches=[1])
-    inspect(compiled(*layers), inspector, *data(2))
+    inspect(compiled(*layers, **arguments), inspector, *data(2))
     (frame,) = inspector.report.frames
     return frame.ranges
 
@@ -575,8 +608,14 @@ def test_what_is_computed_anew_in_the_backward_pass_is_measured_alike(scope):
 
 # On torch a condition is Python's.
 @pytest.mark.filterwarnings("ignore:Gradients do not exist")
-def test_layers_in_the_branches_of_a_condition_are_measured():
-    found = ranges_of(Either(name="either"), dense(2, "end"))
+@pytest.mark.parametrize(
+    "jit_compile", [False] if BACKEND == "torch" else [True, False]
+)
+# Whether the other branch calls no layer.
+@pytest.mark.parametrize("bare", [False, True])
+def test_layers_in_the_branches_of_a_condition_are_measured(bare, jit_compile):
+    either = Either(bare, name="either")
+    found = ranges_of(either, dense(2, "end"), jit_compile=jit_compile)
     # Of two calls, of which one lies in a branch; the other branch was not taken.
     chosen = found["either/chosen", "activation"]
     assert (chosen.values, chosen.max_abs, chosen.min_abs) == (16, 16.0, 4.0)

@@ -181,6 +181,19 @@ def test_tensor_cores_are_judged_by_an_epoch_without_its_first_batch(
     assert caplog.text.count("Tensor cores were busy 0.5%") == 1
     assert len(started) == 3
     started.clear()
+    # Before validation, which may compile as well.
+    order = []
+    monkeypatch.setattr(
+        hardware, "read_activity", lambda start: order.append(start) or {}
+    )
+    found[:] = [idle, busy]
+    test = keras.callbacks.LambdaCallback()
+    test.on_test_begin = lambda logs=None: order.append("test")
+    callbacks = [mp.MixedPrecisionMonitor(), test]
+    fit(half_classifier(), callbacks, epochs=1, validation_data=data(32))
+    assert order.index(busy) < order.index("test")
+    monkeypatch.setattr(hardware, "read_activity", lambda start: dict(start or {}))
+    started.clear()
     # An epoch of one batch may be nothing but compilation.
     found[:] = [idle, idle]
     fit(half_classifier(), [mp.MixedPrecisionMonitor()], samples=32, bad=[])

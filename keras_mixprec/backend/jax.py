@@ -182,11 +182,19 @@ def gradients(function, variables, tensors):
 
 
 def recomputed(function):
-    """Return a function that keeps its argument alone for its backward pass."""
-    return jax.checkpoint(function)
+    """Return a function of one tensor, which alone is kept for its backward pass.
+
+    Where it is traced: an eager call would be traced for it, each time.
+    """
+
+    def call(x):
+        traced = isinstance(x, jax.core.Tracer)
+        return (jax.checkpoint(function) if traced else function)(x)
+
+    return call
 
 
-def carrier(paths, calls):
+def carrier(paths, calls, own_step=False):
     return GradientCarrier(paths, calls, _partial)
 
 

@@ -8,6 +8,7 @@ from tensorflow.compiler.tf2xla.python import xla as xla_ops
 from keras_mixprec import ranges
 from keras_mixprec.backend import stateful
 from keras_mixprec.backend import tensorflow_replicas
+from keras_mixprec.backend.gradient_carrier import GradientCarrier
 from keras_mixprec.backend.tensorflow_carrier import SparseCarrier
 from keras_mixprec.backend.tensorflow_commit import commit  # noqa: F401
 from keras_mixprec.backend.tensorflow_commit import read
@@ -95,9 +96,9 @@ def gradients(function, variables, tensors):
 
 
 def recomputed(function):
-    """Return a function that keeps its argument alone for its backward pass.
+    """Return a function of one tensor, which alone is kept for its backward pass.
 
-    Where XLA compiles it. Op by op its launches would cost more than its memory.
+    Where it is known that XLA compiles it. Op by op its launches would cost more.
     """
     return _recomputed(function) if is_compiling() else function
 
@@ -105,33 +106,39 @@ def recomputed(function):
 def _recomputed(function):
     @tf.custom_gradient
     def call(x):
-        def gradient(upstream, variables=()):
+        def gradient(upstream):
             # `tf.recompute_grad` ties it to the upstream gradient by adding 0 to `x`,
             # which XLA does not fuse with what reads the result.
-            (same,) = xla_ops.optimization_barrier(x)
+            same = _behind_barrier(x)
             with tf.GradientTape() as tape:
                 tape.watch(same)
                 y = function(same)
-            sources = [same, *variables]
-            found = tape.gradient(y, sources, upstream, unconnected_gradients="zero")
+            found = tape.gradient(y, same, upstream, unconnected_gradients="zero")
             # Or XLA writes the gradient out in float32 for the sum over the batch.
-            (of_x,) = xla_ops.optimization_barrier(found[0])
-            return (of_x, found[1:]) if variables else of_x
+            return _behind_barrier(found)
 
         return function(x), gradient
 
     return call
 
 
-def carrier(paths, calls):
-    return SparseCarrier(paths, calls, _partial)
+@tf.custom_gradient
+def _behind_barrier(x):
+    # TensorFlow has no gradient for it: that of a gradient passes as it is.
+    return xla_ops.optimization_barrier(x)[0], lambda upstream: upstream
+
+
+def carrier(paths, calls, own_step=False):
+    # Sparse gradients know no operators.
+    kind = GradientCarrier if own_step else SparseCarrier
+    return kind(paths, calls, _partial)
 
 
 def _partial(x):
     if is_compiling():
         # XLA joins reductions of one tensor in one kernel, but not those of what a
         # Triton kernel of its own wrote. Behind a barrier it cannot tell.
-        return ranges.partial(x, lambda x: xla_ops.optimization_barrier(x)[0])
+        return ranges.partial(x, _behind_barrier)
     if _gpus() and not tf.executing_eagerly():
         # Op by op a GPU would wait for thirty launches.
         return _compiled_partial(x), x

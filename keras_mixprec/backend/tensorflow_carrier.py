@@ -57,6 +57,10 @@ class SparseCarrier(GradientCarrier):
         gradient = gradient_of(self.variables[0])
         if gradient is None:
             return tf.zeros((self._tensors, len(FIELDS)))
+        if isinstance(gradient, tf.IndexedSlices) and gradient.values.shape[0] is None:
+            # Out of a condition, how many rows there are depends on the branch taken,
+            # and XLA has to know.
+            gradient = tf.convert_to_tensor(gradient)
         if not isinstance(gradient, tf.IndexedSlices):
             return total(gradient)
         # In the order of the backward pass. Of a tensor that is there twice, as one in

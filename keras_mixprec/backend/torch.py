@@ -8,7 +8,7 @@ from keras_mixprec.backend import stateful
 from keras_mixprec.backend.torch_backup import read
 from keras_mixprec.backend.torch_backup import restore_by_select
 from keras_mixprec.backend.torch_backup import undone_if
-from keras_mixprec.backend.torch_carrier import PendingCarrier as carrier  # noqa: F401
+from keras_mixprec.backend.torch_carrier import PendingCarrier
 
 
 @torch.no_grad()
@@ -109,8 +109,12 @@ def sees_whole_loss(model):
 
 
 def recomputed(function):
-    """Return the function: op by op, launches would cost more than its memory."""
+    """Return the function: op by op, launches cost more than what is kept."""
     return function
+
+
+def carrier(paths, calls, own_step=False):
+    return PendingCarrier(paths, calls)
 
 
 def is_chief(model):

@@ -95,7 +95,7 @@ summed over devices; per device too (`gpu_memory_mb_0`, ...) where there are sev
         self._counters_before = None
         self._overflows = {}
         self._activity = None
-        self._since_second_batch = None
+        self._is_first, self._since_second_batch = False, None
         self._advised = False
 
     def set_model(self, model: keras.Model) -> None:
@@ -145,6 +145,10 @@ summed over devices; per device too (`gpu_memory_mb_0`, ...) where there are sev
         if due:
             self._write_batch()
 
+    def on_test_begin(self, logs: dict | None = None) -> None:
+        """Judge an epoch before its validation, which may compile too."""
+        self._advise()
+
     def on_epoch_end(self, epoch: int, logs: dict | None = None) -> None:
         """Write the keys into `logs`."""
         if logs is None:
@@ -190,6 +194,7 @@ summed over devices; per device too (`gpu_memory_mb_0`, ...) where there are sev
 
     def _advise(self):
         found = hardware.read_activity(self._since_second_batch)
+        self._since_second_batch = None
         advice = tensor_core_advice(self.model, found)
         if advice:
             self._advised = True
