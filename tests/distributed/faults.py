@@ -263,8 +263,9 @@ def monitored(trainer, index, processes, wait, folder):
     trainer.run(*batch, epochs=2, callbacks=[monitor, seen])
     for epoch, logs in enumerate(seen.logs):
         # In each epoch, or the columns of a log would not fit.
-        memory = "host_memory" if "host_memory_mb" in logs else "gpu_memory_peak"
-        assert logs[f"{memory}_total_mb"] > logs[f"{memory}_mb"] > 0, seen.logs
+        on_host = "host_memory_mb" in logs
+        memory = "host_memory" if on_host else "gpu_memory_peak"
+        assert logs[f"{memory}_total_mb"] > logs[f"{memory}_mb"] > on_host, seen.logs
         assert logs["overflow_count"] == 1, seen.logs
         assert logs["overflow_total"] == 1 + epoch, seen.logs
         assert logs["loss_scale"] == MAX_SCALE / 2 ** (1 + epoch), seen.logs
