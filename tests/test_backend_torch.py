@@ -381,3 +381,14 @@ def test_what_is_written_into_is_measured_as_it_was():
         found.append(carrier.rows(None, [])[:, FIELDS.index("max_abs")].tolist())
     # Into the second layer's output nobody wrote at first: it was not copied.
     assert found == [[2, 0, 3, 0], [2, 0, 0, 0], [2, 0, 3, 0]]
+
+
+def test_each_output_of_one_operation_has_its_own_gradient():
+    carrier = torch_carrier.PendingCarrier(["a", "b", "c", "leaf"], 1)
+    x = torch.ones(3, 4, requires_grad=True)
+    leaf = torch.ones(4, requires_grad=True)
+    outputs = [*x.unbind(), leaf]
+    a, _, c, leaf = [carrier.tap(i, 0, y) for i, y in enumerate(outputs)]
+    (2 * a + 5 * c + 7 * leaf).sum().backward()
+    found = carrier.rows(None, [])[1::2, FIELDS.index("max_abs")].tolist()
+    assert found == [2, 0, 5, 7]

@@ -5,7 +5,6 @@ together, some tens at a time, so that a step takes some hundred launches more a
 some ten thousand.
 """
 
-import dataclasses
 import functools
 import logging
 
@@ -19,8 +18,8 @@ _INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 # many, which a GPU adds to the same few numbers one after the other; of long ones more
 # is filler, which keeps a CPU busy.
 _COLUMNS = {"cuda": 2**14, "cpu": 2**10}
-# Of a GPU's memory, what tensors that wait to be measured may hold. Meanwhile they take
-# about twice that, and four times where nothing compiles.
+# Of a GPU's memory, what tensors of one dtype that wait to be measured may hold.
+# Meanwhile they take about twice that, and four times where nothing compiles.
 _SHARE = 1 / 64
 # The same in bytes where there is no GPU.
 _WAITING = 2**29
@@ -54,10 +53,7 @@ class PendingCarrier:
 
     def start(self):
         """Begin a step."""
-        self._waiting: list = []
-        self._bytes = 0
-        self._watched: list = []
-        self._measured: dict = {}
+        self._kinds: dict = {}
 
     def tap(self, layer: int, call: int, x):
         """Return `x`, which is measured."""
@@ -66,11 +62,16 @@ class PendingCarrier:
         if torch._C._current_graph_task_id() == _NO_BACKWARD_PASS:
             kept = x.detach()
             if row not in self._written:
-                self._watched.append((row, kept, kept._version))
+                watched = self._kind_of(kept).watched
+                watched.append((row, kept, kept._version))
             if self._learns or row in self._written:
                 kept = kept.clone()
             self._take(row, kept)
-        if x.requires_grad:
+        if x.grad_fn is not None:
+            # Two thirds of what a hook of the tensor costs.
+            hook = functools.partial(self._take_gradient, row + 1, x.output_nr)
+            x.grad_fn.register_prehook(hook)
+        elif x.requires_grad:
             x.register_hook(functools.partial(self._take, row + 1))
         return x
 
@@ -89,70 +90,78 @@ class PendingCarrier:
         for row, gradient in enumerate(weights, self._taps):
             if gradient is not None:
                 self._take(row, gradient)
-        self._measure()
+        for kind in self._kinds.values():
+            self._measure(kind)
         self._learns = False
+        kinds = [kind for kind in self._kinds.values() if kind.rows]
+        self.start()
         total = self._taps + len(weights)
-        if not self._measured:
+        if not kinds:
             return torch.zeros(total, len(FIELDS))
-        places = [i for m in self._measured.values() for i in m.rows]
-        found = torch.cat([self._totals(*item) for item in self._measured.items()])
+        places = [row for kind in kinds for row in kind.rows]
+        found = torch.cat([self._totals(kind) for kind in kinds])
         rows = found.new_zeros(total, len(FIELDS))
         rows[self._kept(("rows", *places), lambda: places, found.device)] = found
-        self.start()
         return rows
+
+    def _kind_of(self, x):
+        key = x.dtype, x.device
+        kind = self._kinds.get(key)
+        if kind is None:
+            kind = self._kinds[key] = _Kind(*key)
+        return kind
 
     def _take(self, row, x):
         # Called for every tensor, while the GPU waits: nothing else belongs here.
-        self._waiting.append((row, x))
-        self._bytes += x.nbytes
-        if self._bytes >= self._most_bytes:
-            self._measure()
+        kind = self._kind_of(x)
+        kind.waiting.append((row, x))
+        kind.bytes += x.nbytes
+        if kind.bytes >= self._most_bytes:
+            self._measure(kind)
+
+    def _take_gradient(self, row, output, gradients):
+        # One of each output of the operation; none where nothing was computed with it.
+        if gradients[output] is not None:
+            self._take(row, gradients[output])
 
     @torch.no_grad()
-    def _measure(self):
-        kinds: dict = {}
-        for row, x in self._as_they_were():
-            if x.element_size() not in _INTEGER:
-                x = x.float()
-            kinds.setdefault((x.dtype, x.device), []).append((row, x))
-        self._waiting, self._bytes = [], 0
-        for kind, waiting in kinds.items():
-            self._measure_kind(kind, waiting)
-
-    def _as_they_were(self):
-        written = {row for row, x, version in self._watched if x._version != version}
-        self._written |= written
-        self._watched = []
-        # Without a copy: better no measurement than a wrong one.
-        lost = () if self._learns else written
-        return [(row, x) for row, x in self._waiting if row not in lost]
-
-    def _measure_kind(self, kind, waiting):
-        dtype, device = kind
-        measured = self._measured.setdefault(kind, _Measured([], [], []))
-        columns = _columns(device)
+    def _measure(self, kind):
+        waiting = self._as_they_were(kind)
+        kind.waiting, kind.bytes = [], 0
+        if not waiting:
+            return
+        columns = _columns(kind.device)
         sizes = [x.numel() for _, x in waiting]
-        filler = torch.full((columns,), torch.nan, dtype=dtype, device=device)
+        filler = torch.full(
+            (columns,), torch.nan, dtype=kind.measured, device=kind.device
+        )
         fillers = {n: filler[:n] for n in {-size % columns for size in sizes} if n}
         pieces = []
         for (_, x), size in zip(waiting, sizes, strict=True):
-            pieces.append(x)
+            pieces.append(x if kind.measured == kind.dtype else x.to(kind.measured))
             if size % columns:
                 pieces.append(fillers[-size % columns])
         # One call for all, in any shapes: DistributedDataParallel's way to its buckets.
         rows = torch._utils._flatten_dense_tensors(pieces).reshape(-1, columns)
-        measured.rows += [row for row, _ in waiting]
-        measured.sizes += sizes
-        measured.parts.append(_measuring(dtype, device)(rows))
+        kind.rows += [row for row, _ in waiting]
+        kind.sizes += sizes
+        kind.parts.append(_measuring(kind.measured, kind.device)(rows))
 
-    def _totals(self, kind, measured):
-        """Return float32 of shape `(tensors, len(FIELDS))`, of all of one dtype."""
-        (dtype, device), sizes = kind, measured.sizes
-        columns = _columns(device)
+    def _as_they_were(self, kind):
+        written = {row for row, x, version in kind.watched if x._version != version}
+        self._written |= written
+        kind.watched = []
+        # Without a copy: better no measurement than a wrong one.
+        lost = () if self._learns else written
+        return [(row, x) for row, x in kind.waiting if row not in lost]
+
+    def _totals(self, kind):
+        """Return float32 of shape `(tensors, len(FIELDS))`."""
+        sizes, device, columns = kind.sizes, kind.device, _columns(kind.device)
         layout = self._kept(("layout", *sizes), lambda: _layout(sizes, columns), device)
         values = self._kept(("values", *sizes), lambda: sizes, device)
-        parts = [torch.cat(p) for p in zip(*measured.parts, strict=True)]
-        return _totals(dtype, parts, layout, values)
+        parts = [torch.cat(p) for p in zip(*kind.parts, strict=True)]
+        return _totals(kind.measured, parts, layout, values)
 
     def _kept(self, key, make, device):
         # Every step has the same shapes: their layout goes to the device once.
@@ -165,11 +174,17 @@ class PendingCarrier:
         return self._layouts[key]
 
 
-@dataclasses.dataclass
-class _Measured:
-    rows: list
-    sizes: list
-    parts: list
+class _Kind:
+    """What of one dtype on one device waits to be measured, and what was found."""
+
+    def __init__(self, dtype, device):
+        self.dtype, self.device = dtype, device
+        # No bit patterns are looked at of what is narrower than half precision.
+        self.measured = dtype if dtype.itemsize in _INTEGER else torch.float32
+        # Pairs of a row and a tensor; of what may be written into, the version too.
+        self.waiting, self.watched, self.bytes = [], [], 0
+        # Of each tensor that was measured; and of each call that measured some.
+        self.rows, self.sizes, self.parts = [], [], []
 
 
 def _most_bytes():
