@@ -2,13 +2,15 @@
 
     KERAS_BACKEND=jax python benchmarks/activations.py
     KERAS_BACKEND=tensorflow python benchmarks/activations.py --size small
+    KERAS_BACKEND=jax python benchmarks/activations.py --what bert
 
 A stack of Dense layers with gelu, compiled by XLA, with and without
 `activations="float32"`. Two rows: the forward pass, and the train step with our loss
-scaling. The two models take turns, block by block; the ratio is of the one with float32
-functions to the other. At the full size an activation has 64 MiB in half precision, so
-that reading it once more would show. On JAX the row of the forward pass also has how
-many operations the optimized program launches with either.
+scaling; with `--what bert` the train step of BERT-base. The two models take turns,
+block by block; the ratio is of the one with float32 functions to the other. At the full
+size an activation of the stack has 64 MiB in half precision, so that reading it once
+more would show. On JAX the row of the forward pass also has how many operations the
+optimized program launches with either.
 """
 
 import argparse
@@ -23,10 +25,12 @@ import numpy as np
 from backends import current
 from backends import versions
 from keras import layers
+from models import build as build_workload
 from rows import add_turn
 from rows import emit
 from rows import place
 from rows import wait_for_turn
+from shapes import SHAPES
 
 import keras_mixprec as mp
 
@@ -99,17 +103,38 @@ class Train:
 
     def __init__(self, backend, policy, activations, size):
         self.backend = backend
-        self.model, x = build(policy, activations, size)
+        self.model, data, loss = self.workload(policy, activations, size)
         optimizer = mp.LossScaleOptimizer(keras.optimizers.Adam(1e-5))
-        self.model.compile(optimizer, "mse", jit_compile=True)
-        self.data = backend.put((x, np.zeros((len(x), 1), "float32")))
+        self.model.compile(optimizer, loss, jit_compile=True)
+        self.data = backend.put(data)
         self.model._symbolic_build(data_batch=self.data)
         self.model.make_train_function()
+
+    def workload(self, policy, activations, size):
+        """Return the model, a batch for it, and its loss."""
+        model, x = build(policy, activations, size)
+        return model, (x, np.zeros((len(x), 1), "float32")), "mse"
 
     def steps(self, n):
         """Train for `n` steps, and wait for the device."""
         self.backend.steps(self.model, self.data, n)
         self.backend.wait()
+
+
+class Bert(Train):
+    """Blocks of train steps of BERT-base."""
+
+    name = "train step, BERT-base"
+
+    def workload(self, policy, activations, size):
+        """Return the model, a batch for it, and its loss."""
+        keras.config.set_dtype_policy(policy)
+        found = build_workload("bert", size)
+        mp.convert(found.model, policy, activations=activations)
+        return found.model, (found.x, found.y), found.loss
+
+
+WHAT = {"train": Train, "forward": Forward, "bert": Bert}
 
 
 def compiled(backend, what, policy, size):
@@ -134,7 +159,10 @@ def measure(backend, runners, policy, options):
             runners[a].steps(options.steps)
             seconds[a].append(time.perf_counter() - start)
     each = [b / a for a, b in zip(*seconds.values(), strict=True)]
-    width, depth, batch = SIZES[options.size]
+    shape = SHAPES["bert"][options.size]
+    width, depth, batch = shape.width, shape.depth, shape.batch
+    if not isinstance(what, Bert):
+        width, depth, batch = SIZES[options.size]
     row = {
         "benchmark": "activations",
         "what": what.name,
@@ -169,6 +197,7 @@ def parse(arguments=None):
     parser.add_argument(
         "--policy", nargs="+", default=["mixed_float16", "mixed_bfloat16"]
     )
+    parser.add_argument("--what", nargs="+", choices=WHAT, default=["train", "forward"])
     parser.add_argument("--steps", type=int, default=20, help="steps per timed block")
     parser.add_argument("--blocks", type=int, default=15, help="timed blocks")
     add_turn(parser)
@@ -185,7 +214,7 @@ def main():
     pairs = [
         (policy, compiled(backend, what, policy, options.size))
         for policy in options.policy
-        for what in (Train, Forward)
+        for what in map(WHAT.get, options.what)
     ]
     wait_for_turn(options.wait_for_turn)
     for policy, runners in pairs:

@@ -119,6 +119,8 @@ PRESETS = {
     "activations": """
         jax activations.py
         tensorflow activations.py
+        jax activations.py --what bert --policy mixed_float16
+        tensorflow activations.py --what bert --policy mixed_float16
     """,
     # Apart: fewer ResNets fit on a GPU side by side, of 24 GiB each while cuDNN's and
     # XLA's kernels are chosen, than BERTs, of 5 to 7.

@@ -39,11 +39,13 @@ def cast_activation(layer: keras.Layer) -> None:
         if not is_float(x):
             return activation(x, *args, **kwargs)
 
+        recomputed = is_pure and not args and not kwargs
+        compute = engine.activation(activation) if recomputed else activation
+
         def function(x):
-            y = activation(keras.ops.cast(x, "float32"), *args, **kwargs)
+            y = compute(keras.ops.cast(x, "float32"), *args, **kwargs)
             return keras.ops.cast(y, x.dtype)
 
-        recomputed = is_pure and not args and not kwargs
         return (engine.recomputed(function) if recomputed else function)(x)
 
     layer.activation = in_float32

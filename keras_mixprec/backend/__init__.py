@@ -9,6 +9,7 @@
 `last_notes`        what each process that trains with this one last said
 `sees_whole_loss`   whether a train step sees the loss of the whole batch
 `carrier`           what brings statistics of layers' outputs to the optimizer
+`activation`        one of Keras's activation functions, with a cheaper gradient if any
 `recomputed`        a function, computed anew in the backward pass where that pays
 `gradients`         of a function, eagerly, by variables and by tensors
 `memory_info`       bytes in use and at the peak, per accelerator

@@ -95,6 +95,11 @@ def gradients(function, variables, tensors):
     return found[: len(values)], found[len(values) :]
 
 
+def activation(function):
+    """Return an activation function of Keras's, whose gradient costs little here."""
+    return function
+
+
 def recomputed(function):
     """Return a function of one tensor, which alone is kept for its backward pass.
 
