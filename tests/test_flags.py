@@ -13,7 +13,8 @@ from keras_mixprec.backend import engine
 from keras_mixprec.backend import shapes
 
 BACKEND = keras.backend.backend()
-# Small ones, some of one shape; a prime size; one row short of a row; many rows.
+# Small ones, some of one shape; a prime size; one row short of a row; many rows; two of
+# convolutions.
 SHAPES = [
     (),
     (3,),
@@ -25,6 +26,8 @@ SHAPES = [
     (5, 205),
     (64, 3, 64),
     (9973, 3),
+    (3, 3, 16, 16),
+    (3, 3, 16, 16),
 ]
 BAD = [np.nan, np.inf, -np.inf, 3e38]
 
@@ -120,6 +123,9 @@ def test_half_precision_gradients_are_squared_in_float32():
         ((1_000_000, 64), 1024),
         ((1_000_003,), 1),
         ((None, 64), 1),
+        # A convolution's, in whichever order it lies.
+        ((3, 3, 4, 4), None),
+        ((3, 3, 256, 256), 1),
     ],
 )
 def test_rows_divide_a_gradient(shape, rows):

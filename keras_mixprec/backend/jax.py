@@ -59,6 +59,8 @@ def _rows_of_squares(stacked):
     squares, rows = _squares(stacked), rows_of(stacked.shape[1:])
     if rows is None:
         squares = squares.reshape(len(stacked), -1)
+    elif rows == 1:
+        squares = jnp.sum(squares, axis=tuple(range(1, squares.ndim)))[:, None]
     else:
         squares = jnp.sum(squares.reshape(len(stacked), rows, -1), axis=2)
     short = WIDTH - squares.shape[1]

@@ -12,6 +12,9 @@ import math
 WIDTH = 1024
 # Up to here XLA's GPU compiler sums a row in one kernel.
 _LONGEST = 8192
+# Dimensions of the kernel of a convolution over an image, the fewest that have their
+# own order in memory.
+_CONVOLUTION = 4
 
 
 def group_by_shape(grads: list) -> list[list[int]]:
@@ -46,7 +49,9 @@ def order(groups: list[list[int]], length: int) -> list[int]:
 def rows_of(shape: tuple) -> int | None:
     """Return in how many rows to sum up a gradient first: at most `WIDTH`.
 
-    As many as leave rows that are short enough, else as many as there can be.
+    As many as leave rows that are short enough, else as many as there can be. A
+    convolution's kernel is one row: a GPU has its gradient in another order than the
+    logical one, and XLA would first transpose it for a reshape, in float32.
 
     Args:
         shape: Tuple of ints, `None` where the size is not known.
@@ -57,7 +62,9 @@ def rows_of(shape: tuple) -> int | None:
     if None in shape:
         return 1
     size = math.prod(shape)
-    return _rows(size) if size > WIDTH else None
+    if size <= WIDTH:
+        return None
+    return 1 if len(shape) >= _CONVOLUTION else _rows(size)
 
 
 @functools.lru_cache

@@ -119,8 +119,9 @@ def _recomputed(function):
                 tape.watch(same)
                 y = function(same)
             found = tape.gradient(y, same, upstream, unconnected_gradients="zero")
-            # Or XLA writes the gradient out in float32 for the sum over the batch.
-            return _behind_barrier(found)
+            # By a 1 that XLA does not know: or it takes the gradient before it is
+            # rounded for the sum over the batch, and writes it out in float32 for that.
+            return found * _behind_barrier(tf.ones((), found.dtype))
 
         return function(x), gradient
 

@@ -49,6 +49,8 @@ def _rows_of_squares(stacked):
     rows = rows_of(stacked.shape[1:])
     if rows is None:
         squares = tf.reshape(squares, (count, stacked.shape[1:].num_elements()))
+    elif rows == 1:
+        squares = tf.reduce_sum(squares, axis=[*range(1, squares.ndim)])[:, None]
     else:
         squares = tf.reduce_sum(tf.reshape(squares, (count, rows, -1)), axis=2)
     short = WIDTH - squares.shape[1]
