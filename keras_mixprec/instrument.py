@@ -217,7 +217,8 @@ def _selected(items, chosen):
 
 
 def _pushed(entry, log):
-    return ops.concatenate([ops.expand_dims(entry, 0), log[:-1]])
+    newest = ops.expand_dims(entry, 0)
+    return newest if log.shape[0] == 1 else ops.concatenate([newest, log[:-1]])
 
 
 def _restore(owner, name, own):

@@ -114,10 +114,10 @@ class Probes:
             scale: Scalar tensor, the loss scale.
         """
         by_id = {id(v): g for v, g in zip(variables, grads, strict=True)}
-        header = [ops.ones(1), ops.reshape(scale, 1), ops.zeros(_WIDTH - 2)]
+        header = ops.pad(ops.reshape(scale, (1, 1)), ((0, 0), (0, _WIDTH - 1)))
         weights = [by_id.get(id(variable)) for variable in self._weights]
         rows = self._carrier.rows(lambda v: by_id.get(id(v)), weights)
-        return ops.concatenate([ops.concatenate(header)[None], rows])
+        return ops.concatenate([header, rows])
 
     def steps(self, log: Any) -> list[np.ndarray]:
         """Return the entries of a log, oldest first.
@@ -164,7 +164,7 @@ class Probes:
             path = self._owners[id(variable)]
             if chosen(path):
                 rows.setdefault((path, "weight_gradient"), []).append(row)
-        return float(step[0, 1]), rows
+        return float(step[0, 0]), rows
 
 
 def measurable(model: keras.Model) -> list[Place]:

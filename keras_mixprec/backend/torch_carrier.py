@@ -60,13 +60,10 @@ class PendingCarrier:
         row = 2 * (layer * self._calls + call)
         # In the backward pass checkpointing computes anew what was measured before.
         if torch._C._current_graph_task_id() == _NO_BACKWARD_PASS:
-            kept = x.detach()
             if row not in self._written:
-                watched = self._kind_of(kept).watched
-                watched.append((row, kept, kept._version))
-            if self._learns or row in self._written:
-                kept = kept.clone()
-            self._take(row, kept)
+                self._kind_of(x).watched.append((row, x, x._version))
+            copied = self._learns or row in self._written
+            self._take(row, x.detach().clone() if copied else x)
         if x.grad_fn is not None:
             # Two thirds of what a hook of the tensor costs.
             hook = functools.partial(self._take_gradient, row + 1, x.output_nr)
