@@ -38,6 +38,7 @@ PRESETS = {
         tensorflow {_BERT} --xla --scaling mp
         tensorflow {_BERT} --xla --scaling keras
         tensorflow {_BERT} --xla --scaling mp,mp+monitor --steps 100
+        tensorflow {_BERT} --xla --scaling mp --activations float32
     """,
     "tf-noxla": f"""
         tensorflow {_BERT} --no-xla {_THREE}
@@ -51,6 +52,7 @@ PRESETS = {
         jax {_BERT} --scaling mp
         jax {_BERT} --scaling keras
         jax {_BERT} --scaling mp,mp+monitor --steps 100
+        jax {_BERT} --scaling mp --activations float32
     """,
     "torch": f"""
         torch {_BERT} {_THREE}

@@ -171,17 +171,22 @@ def _section(title, rows, chosen, columns):
 def _against_siblings(row, rows):
     """Ratios against the rows that differ in one thing alone."""
     same = [r for r in rows if (r["backend"], r["xla"]) == (row["backend"], row["xla"])]
-    unscaled = {r["policy"]: r for r in same if r["scaling"] == "none"}
+    unscaled = {_policy(r): r for r in same if r["scaling"] == "none"}
     found = {
         f"over_{policy}": unscaled[policy]["ms_per_step"] / row["ms_per_step"]
         for policy in ("float32", "tf32")
         if policy in unscaled
     }
-    reference = unscaled.get(row["policy"], {})
+    reference = unscaled.get(_policy(row), {})
     for field in ("ms_per_step", "peak_memory_mb"):
         if field in reference and field in row:
             found[f"{field}_ratio"] = row[field] / reference[field]
     return found
+
+
+def _policy(row):
+    in_float32 = row.get("activations") == "float32"
+    return row["policy"] + ", float32 activations" * in_float32
 
 
 def _first_step(row):
@@ -191,7 +196,7 @@ def _first_step(row):
 
 _FIRST = {
     "backend": tables.backend,
-    "policy": lambda row: row["policy"],
+    "policy": _policy,
     "loss scaling": tables.scaling,
     "ms per step": tables.time,
 }
