@@ -114,7 +114,9 @@ class Probes:
             scale: Scalar tensor, the loss scale.
         """
         by_id = {id(v): g for v, g in zip(variables, grads, strict=True)}
-        header = ops.pad(ops.reshape(scale, (1, 1)), ((0, 0), (0, _WIDTH - 1)))
+        # Ones: an entry that is not there is all zeros, and a scale may be 0.
+        width = ((0, 0), (0, _WIDTH - 1))
+        header = ops.pad(ops.reshape(scale, (1, 1)), width, constant_values=1)
         weights = [by_id.get(id(variable)) for variable in self._weights]
         rows = self._carrier.rows(lambda v: by_id.get(id(v)), weights)
         return ops.concatenate([header, rows])
@@ -125,7 +127,7 @@ class Probes:
         Args:
             log: The value of `log`.
         """
-        return [step for step in ops.convert_to_numpy(log)[::-1] if step[0, 0]]
+        return [step for step in ops.convert_to_numpy(log)[::-1] if step[0, 1]]
 
     def overflowed(self, step: np.ndarray, chosen: Callable) -> bool:
         """Return whether a gradient of a weight was inf or NaN.

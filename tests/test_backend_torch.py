@@ -392,3 +392,24 @@ def test_each_output_of_one_operation_has_its_own_gradient():
     (2 * a + 5 * c + 7 * leaf).sum().backward()
     found = carrier.rows(None, [])[1::2, FIELDS.index("max_abs")].tolist()
     assert found == [2, 0, 5, 7]
+
+
+def test_what_a_step_leaves_behind():
+    carrier = torch_carrier.PendingCarrier(["output", "weight"], 1)
+    weight = torch.ones(4, requires_grad=True)
+    for _ in range(3):
+        output = carrier.tap(0, 0, 2 * weight)
+        carrier.tap(1, 0, weight)
+        # Not kept alive, and with it its graph, until it is measured.
+        reference = weakref.ref(output)
+        del output
+        assert reference() is None
+        carrier.rows(None, [])
+    assert not weight._backward_hooks
+
+
+def test_a_step_of_ones_own_may_differentiate_by_an_output():
+    carrier = torch_carrier.PendingCarrier(["a"], 1, own_step=True)
+    y = carrier.tap(0, 0, 2 * torch.ones(4, requires_grad=True))
+    torch.autograd.grad((3 * y).sum(), y)
+    assert carrier.rows(None, [])[1, FIELDS.index("max_abs")] == 3

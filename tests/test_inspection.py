@@ -161,3 +161,16 @@ def test_routes_that_are_kept_follow_a_call_that_changes():
     # Not made anew for the second time, and made anew for the third.
     assert seen[0] == seen[1] and seen[2] is call
     assert layer.call is call
+
+
+def test_frames_at_a_loss_scale_of_0_are_frames():
+    # Where Keras's own ends that halves without a bound.
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(1)])
+    optimizer = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1))
+    optimizer.build(model.trainable_variables)
+    model.compile(optimizer, "mse")
+    optimizer.dynamic_scale.assign(0.0)
+    inspector = mp.OverflowInspector(batches=[0, 1])
+    x, y = np.ones((8, 4), "float32"), np.ones((8, 1), "float32")
+    model.fit(x, y, batch_size=4, verbose=0, callbacks=[inspector])
+    assert [f.loss_scale for f in inspector.report.frames] == [0.0, 0.0]

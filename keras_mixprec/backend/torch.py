@@ -119,7 +119,7 @@ def recomputed(function):
 
 
 def carrier(paths, calls, own_step=False):
-    return PendingCarrier(paths, calls)
+    return PendingCarrier(paths, calls, own_step)
 
 
 def is_chief(model):

@@ -35,41 +35,52 @@ class PendingCarrier:
     Args:
         paths: Strings, of the layers.
         calls: Int, how many calls or outputs of a layer to measure in a step.
+        own_step: Whether the train step is the user's own.
     """
 
     # Python hooks would break a compiled graph into pieces.
     compiles = False
     variables: list = []
 
-    def __init__(self, paths: list, calls: int):
+    def __init__(self, paths: list, calls: int, own_step: bool = False):
         self._calls, self._taps = calls, 2 * calls * len(paths)
         self._layouts: dict = {}
+        # Such a step may ask for the gradient of an output, where no operation runs.
+        self._of_tensors = own_step
         # Outputs that code goes on to write into (`x += y`): they are copied. Which
         # ones is found out in the first step, in which all are.
         self._written: set = set()
         self._learns = True
         self._most_bytes = _most_bytes()
+        self._handles: list = []
         self.start()
 
     def start(self):
         """Begin a step."""
         self._kinds: dict = {}
+        while self._handles:
+            self._handles.pop().remove()
 
     def tap(self, layer: int, call: int, x):
         """Return `x`, which is measured."""
         row = 2 * (layer * self._calls + call)
         # In the backward pass checkpointing computes anew what was measured before.
         if torch._C._current_graph_task_id() == _NO_BACKWARD_PASS:
-            if row not in self._written:
-                self._kind_of(x).watched.append((row, x, x._version))
-            copied = self._learns or row in self._written
-            self._take(row, x.detach().clone() if copied else x)
-        if x.grad_fn is not None:
+            # An alias: the output itself would keep its graph alive.
+            kept = x.detach()
+            written = row in self._written
+            watched = None if written else (row, kept, kept._version)
+            if self._learns or written:
+                kept = kept.clone()
+            self._take(row, kept, watched)
+        if x.grad_fn is not None and not self._of_tensors:
             # Two thirds of what a hook of the tensor costs.
             hook = functools.partial(self._take_gradient, row + 1, x.output_nr)
             x.grad_fn.register_prehook(hook)
         elif x.requires_grad:
-            x.register_hook(functools.partial(self._take, row + 1))
+            # A weight that is an output outlives the step.
+            hook = functools.partial(self._take, row + 1)
+            self._handles.append(x.register_hook(hook))
         return x
 
     @torch.no_grad()
@@ -101,16 +112,14 @@ class PendingCarrier:
         rows[self._kept(("rows", *places), lambda: places, found.device)] = found
         return rows
 
-    def _kind_of(self, x):
+    def _take(self, row, x, watched=None):
+        # Called for every tensor, while the GPU waits: nothing else belongs here.
         key = x.dtype, x.device
         kind = self._kinds.get(key)
         if kind is None:
             kind = self._kinds[key] = _Kind(*key)
-        return kind
-
-    def _take(self, row, x):
-        # Called for every tensor, while the GPU waits: nothing else belongs here.
-        kind = self._kind_of(x)
+        if watched is not None:
+            kind.watched.append(watched)
         kind.waiting.append((row, x))
         kind.bytes += x.nbytes
         if kind.bytes >= self._most_bytes:
@@ -178,7 +187,8 @@ class _Kind:
         self.dtype, self.device = dtype, device
         # No bit patterns are looked at of what is narrower than half precision.
         self.measured = dtype if dtype.itemsize in _INTEGER else torch.float32
-        # Pairs of a row and a tensor; of what may be written into, the version too.
+        # Of each tensor: its row and itself. Of those into which code may write on: the
+        # row, the tensor and its version.
         self.waiting, self.watched, self.bytes = [], [], 0
         # Of each tensor that was measured; and of each call that measured some.
         self.rows, self.sizes, self.parts = [], [], []
