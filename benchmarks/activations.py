@@ -81,6 +81,7 @@ class Forward:
     """Blocks of forward passes."""
 
     name = "forward"
+    sizes = SIZES
 
     def __init__(self, backend, policy, activations, size):
         self.backend = backend
@@ -99,6 +100,7 @@ class Train:
     """Blocks of train steps."""
 
     name = "train step"
+    sizes = SIZES
     program = None
 
     def __init__(self, backend, policy, activations, size):
@@ -125,6 +127,7 @@ class Bert(Train):
     """Blocks of train steps of BERT-base."""
 
     name = "train step, BERT-base"
+    sizes = {k: (s.width, s.depth, s.batch) for k, s in SHAPES["bert"].items()}
 
     def workload(self, policy, activations, size):
         """Return the model, a batch for it, and its loss."""
@@ -159,10 +162,7 @@ def measure(backend, runners, policy, options):
             runners[a].steps(options.steps)
             seconds[a].append(time.perf_counter() - start)
     each = [b / a for a, b in zip(*seconds.values(), strict=True)]
-    shape = SHAPES["bert"][options.size]
-    width, depth, batch = shape.width, shape.depth, shape.batch
-    if not isinstance(what, Bert):
-        width, depth, batch = SIZES[options.size]
+    width, depth, batch = what.sizes[options.size]
     row = {
         "benchmark": "activations",
         "what": what.name,

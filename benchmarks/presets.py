@@ -115,7 +115,7 @@ PRESETS = {
     "inspector": """
         jax inspector_overhead.py --seconds 20
         tensorflow inspector_overhead.py --seconds 20
-        torch inspector_overhead.py --seconds 40
+        torch inspector_overhead.py --seconds 100 --steps 5 --pairs 150
         tensorflow inspector_overhead.py --seconds 20 --jit-compile no
     """,
     "activations": """

@@ -15,6 +15,8 @@ by the monitor at its end.
 | `mp` | `keras_mixprec.set_policy`, then `compile("adam")`: wrapper and transaction |
 | `mp+monitor` | the same with `MixedPrecisionMonitor`, each block being an epoch |
 
+With `--activations float32` the model is converted to activation functions in float32.
+
 Without scaling many float16 gradients of a deep model are 0, and a GPU is faster on
 zeros (`NOTES.md`). What `fixed` and `mp` differ by is what checking and skipping cost.
 

@@ -30,11 +30,15 @@ def test_the_page_compares_rows_that_differ_in_one_thing(monkeypatch):
             measured(scaling="mp", ms_per_step=10.5, peak_memory_mb=101.0),
             measured(policy="float32", ms_per_step=63.0),
             measured(backend="jax", scaling="mp", ms_per_step=1.0),
+            measured(activations="float32", ms_per_step=7.0),
+            measured(activations="float32", scaling="mp", ms_per_step=7.7),
         ]
     )
     line = next(x for x in page.splitlines() if "keras_mixprec |" in x)
     assert "tensorflow, XLA" in line
     assert "+5.0%" in line and "+1.0%" in line and "6.00x" in line
+    in_float32 = [x for x in page.splitlines() if "float32 activations" in x]
+    assert "+10.0%" in in_float32[1] and "8.18x" in in_float32[1]
     # Another backend's rows are no reference.
     assert "%" not in next(x for x in page.splitlines() if x.startswith("| jax"))
 
