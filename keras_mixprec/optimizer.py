@@ -159,6 +159,7 @@ class LossScaleOptimizer(
                 unscale=lambda g: g if unscaled else self._unscale(g, variables),
                 apply=lambda g: self.inner_optimizer.apply(g, variables),
                 record=lambda flags: self._record(flags, variables),
+                targets=variables,
                 variables=[*self._trainable_variables, *self.inner_optimizer.variables],
                 optimizer=self.inner_optimizer,
                 compilable=lambda: is_keras_own(

@@ -13,12 +13,13 @@ from support import classifier
 from support import compiled
 from support import data
 from support import half_classifier
+from torch_counts import constants_of
+from torch_counts import operations_of
 
 if keras.backend.backend() != "torch":
     pytest.skip("torch's own way of restoring", allow_module_level=True)
 
 import torch  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
 import keras_mixprec as mp  # noqa: E402
 from keras_mixprec import ranges  # noqa: E402
@@ -182,26 +183,9 @@ def test_a_skipped_step_leaves_everything_as_it_was_without_a_branch(
 def test_a_step_makes_no_tensor_of_a_constant_that_keras_does_not(monkeypatch):
     # On a GPU each is copied there while the host waits for all that it launched.
     monkeypatch.setattr(engine, "_free_to_read", lambda tensor: False)
-    x, y = data(8)
-
-    def constants(model):
-        model.train_on_batch(x, y)
-        made, as_tensor = [], torch.as_tensor
-
-        def counting(value, *args, **kwargs):
-            if isinstance(value, (bool, int, float)):
-                made.append(value)
-            return as_tensor(value, *args, **kwargs)
-
-        batch = [tuple(map(torch.as_tensor, (x, y)))]
-        with monkeypatch.context() as patch:
-            patch.setattr(torch, "as_tensor", counting)
-            model.train_function(batch)
-        return made
-
-    plain = constants(compiled(classifier()))
-    assert len(plain) > 0
-    assert len(constants(half_classifier())) == len(plain)
+    plain = constants_of(compiled(classifier()))
+    assert plain > 0
+    assert constants_of(half_classifier()) == plain
 
 
 def test_a_step_launches_few_operations_more_than_without_us(
@@ -209,30 +193,13 @@ def test_a_step_launches_few_operations_more_than_without_us(
 ):
     # An eager step on a GPU takes as long as its host needs to launch it.
     monkeypatch.setattr(engine, "_free_to_read", lambda tensor: False)
-    x, y = data(8)
-
-    class Counting(TorchDispatchMode):
-        launched = 0
-
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            self.launched += 1
-            return function(*args, **(kwargs or {}))
-
-    def launched(model):
-        for _ in range(2):
-            model.train_on_batch(x, y)
-        batch = [tuple(map(torch.as_tensor, (x, y)))]
-        with Counting() as counting:
-            model.train_function(batch)
-        return counting.launched
-
     with mp.policy_scope("mixed_float16"):
         plain = compiled(classifier(), auto_scale_loss=False)
     ours = half_classifier()
     assert isinstance(ours.optimizer, mp.LossScaleOptimizer)
     assert not isinstance(plain.optimizer, mp.LossScaleOptimizer)
     # 128 on torch 2.13, views and what the two metrics need among them; it was 144.
-    assert 0 < launched(ours) - launched(plain) <= 140
+    assert 0 < operations_of(ours) - operations_of(plain) <= 140
 
 
 @pytest.mark.parametrize("by", ["select", "device"])

@@ -5,6 +5,7 @@ import torch
 from keras_mixprec.backend import LARGEST_NORM
 from keras_mixprec.backend import LARGEST_SCALED_NORM
 from keras_mixprec.backend import stateful
+from keras_mixprec.backend import torch_fused
 from keras_mixprec.backend.torch_backup import read
 from keras_mixprec.backend.torch_backup import restore_by_select
 from keras_mixprec.backend.torch_backup import undone_if
@@ -74,6 +75,8 @@ def commit(update):
     elif _free_to_read(flags):
         if not skipped:
             update.run()
+    elif torch_fused.fits(update):
+        torch_fused.unless(skipped, update)
     else:
         with undone_if(skipped, variables, optimizer):
             update.run()

@@ -17,6 +17,7 @@ class Update:
         unscale: Callable `(grads)`, divides them.
         apply: Callable `(unscaled gradients)`, assigns variables.
         record: Callable `(flags)`, told of each gradient whether it overflowed.
+        targets: List of `keras.Variable`, that of each gradient.
         variables: List of `keras.Variable`, all that `apply` may assign.
         optimizer: The optimizer that `apply` calls.
         compilable: Callable, whether `apply` is known to compile under XLA.
@@ -29,6 +30,7 @@ class Update:
     unscale: Callable
     apply: Callable
     record: Callable
+    targets: list
     variables: list
     optimizer: keras.optimizers.Optimizer
     compilable: Callable
