@@ -93,6 +93,39 @@ def test_a_gpu_and_a_cpu_learn_the_same(monkeypatch):
         np.testing.assert_array_equal(on_cpu, on_gpu)
 
 
+@pytest.mark.parametrize("shape, shared", [((16,), True), ((3,), False)])
+def test_many_small_variables_are_selected_by_an_array(shape, shared, monkeypatch):
+    # XLA makes one kernel of those that read the same array. Of a CPU's it does not.
+    variables = [keras.Variable(np.full(shape, i, "float32")) for i in range(8)]
+    variables = variables if shared else variables[:7]
+
+    @tf.function(jit_compile=True)
+    def step(skipped):
+        with compiling(True):
+            saved = tensorflow_commit.read(variables)
+            for v in variables:
+                v.assign(v * 2)
+            tensorflow_commit.restore_by_select(skipped, variables, saved)
+
+    for on_gpu in (False, True):
+        monkeypatch.setattr(tensorflow_commit, "_on_gpu", lambda v, found=on_gpu: found)
+        graph = step.get_concrete_function(tf.TensorSpec((), tf.bool)).graph
+        selects = [op for op in graph.get_operations() if op.type == "SelectV2"]
+        assert len(selects) == len(variables)
+        conditions = {op.inputs[0].ref(): op.inputs[0] for op in selects}.values()
+        assert [(c.op.type, c.shape) for c in conditions] == [
+            ("XlaOptimizationBarrier", shape)
+            if on_gpu and shared
+            else ("Placeholder", ())
+        ]
+        step(tf.constant(True))
+        values = [v.numpy().max() for v in variables]
+        step(tf.constant(False))
+        assert [v.numpy().max() for v in variables] == [2 * x for x in values]
+        step = tf.function(step.python_function, jit_compile=True)
+    assert values == [2.0 * i for i in range(len(variables))]
+
+
 def test_memory_is_that_of_the_gpus_that_are_not_hidden(monkeypatch):
     # `tf.config.set_visible_devices` of the second: TensorFlow calls it the first.
     devices = {

@@ -40,7 +40,7 @@ def ways():
     if BACKEND == "jax":
         import jax
 
-        return [jax.jit(engine._flags)]
+        return [jax.jit(engine.flags)]
     import tensorflow as tf
 
     from keras_mixprec.backend import tensorflow_overflow as overflow
@@ -49,7 +49,7 @@ def ways():
         tf.function(functools.partial(overflow.flags, xla=False)),
         tf.function(functools.partial(divided_first, overflow.flags)),
         tf.function(functools.partial(overflow.flags, xla=True), jit_compile=True),
-        tf.function(overflow.flags_by_shape, jit_compile=True),
+        tf.function(overflow.flags_by_block, jit_compile=True),
     ]
 
 
@@ -113,23 +113,63 @@ def test_half_precision_gradients_are_squared_in_float32():
     assert flags([np.full((2000,), 2.0**12, "float16")]) == [False]
 
 
+def test_each_of_many_gradients_is_flagged_alone():
+    # More than one kernel takes: small ones, large ones of several lengths, and two
+    # that are alone with their dtype.
+    sizes = [(7,), (1100,), (3, 3000), (2, 3, 8, 50)]
+    arrays = [np.ones(sizes[i % 4], "float32") for i in range(300)]
+    arrays += [np.ones((2000,), "float16"), np.ones((2,), "float16")]
+    bad = range(0, len(arrays), 29)
+    for i in bad:
+        arrays[i].reshape(-1)[-1] = np.nan
+    assert flags(arrays) == [i in bad for i in range(len(arrays))]
+
+
+@pytest.mark.parametrize("place", [0, -1])
+def test_a_gradient_of_more_rows_than_are_summed_up_at_last(place):
+    large = np.zeros((2**23 + 1,), "float32")
+    large[place] = np.inf
+    assert flags([large, np.ones((2000,), "float32")]) == [True, False]
+
+
 @pytest.mark.parametrize(
-    ("shape", "rows"),
+    ("shape", "rows", "length"),
     [
-        ((), None),
-        ((1024,), None),
-        ((5, 205), 1),
-        ((768, 3072), 288),
-        ((1_000_000, 64), 1024),
-        ((1_000_003,), 1),
-        ((None, 64), 1),
-        # A convolution's, in whichever order it lies.
-        ((3, 3, 4, 4), None),
-        ((3, 3, 256, 256), 1),
+        ((), 0, 1),
+        ((1024,), 0, 1024),
+        ((3, 3, 4, 4), 0, 144),
+        ((5, 205), 1, 8192),
+        ((768, 3072), 288, 8192),
+        ((1_000_003,), 123, 8192),
+        ((None, 64), 1, None),
     ],
 )
-def test_rows_divide_a_gradient(shape, rows):
-    assert shapes.rows_of(shape) == rows
+def test_gradients_are_laid_out_in_rows(shape, rows, length):
+    found = shapes.blocks([None, keras.KerasTensor(shape)])
+    assert found == [shapes.Block([1], [rows], length)]
+    assert shapes.order(found, 3) == [0, 1, 0]
+
+
+def test_one_kernel_takes_what_it_can_read_at_once():
+    of = {"w": (100, 100), "v": (3, 1000), "b": (8,), "c": (9,), "table": (10**6, 8)}
+    names = ["w", "b", "table", "v", "w", "c", "table", "b"]
+    grads = [keras.KerasTensor(of[name]) for name in names]
+    grads.append(keras.KerasTensor((3000,), "float16"))
+    members = [block.members for block in shapes.blocks(grads)]
+    assert members == [[3, 0, 4], [1, 7], [2], [5], [6], [8]]
+    runs = [block.runs() for block in shapes.blocks(grads)]
+    assert runs[:2] == [[(1, 1), (2, 2)], [(2, 0)]]
+    many = shapes.blocks([keras.KerasTensor((2000,))] * 150)
+    assert [len(block.members) for block in many] == [64, 64, 22]
+
+
+def test_many_small_variables_of_one_shape_share_a_decision():
+    def variables(shape, number):
+        return [keras.KerasTensor(shape)] * number
+
+    few, many = variables((9,), 7), variables((16,), 8)
+    others = variables((), 20) + variables((1,), 20) + variables((100, 100), 20)
+    assert shapes.shared(few + many + others) == {(16,)}
 
 
 if BACKEND == "tensorflow":
@@ -151,7 +191,7 @@ if BACKEND == "tensorflow":
 
         rows = tf.TensorSpec((None, 3), tf.float32)
         flags_of = tf.function(
-            lambda *grads: overflow.flags_by_shape(list(grads), tf.constant(1.0)),
+            lambda *grads: overflow.flags_by_block(list(grads), tf.constant(1.0)),
             input_signature=[rows, rows],
             jit_compile=True,
         )

@@ -7,14 +7,11 @@ import jax.numpy as jnp
 import keras
 
 from keras_mixprec import ranges
-from keras_mixprec.backend import LARGEST_NORM
-from keras_mixprec.backend import LARGEST_SCALED_NORM
+from keras_mixprec.backend import shapes
 from keras_mixprec.backend.blame import blame_loss
 from keras_mixprec.backend.gradient_carrier import GradientCarrier
-from keras_mixprec.backend.shapes import WIDTH
-from keras_mixprec.backend.shapes import group_by_shape
-from keras_mixprec.backend.shapes import order
-from keras_mixprec.backend.shapes import rows_of
+from keras_mixprec.backend.jax_overflow import flags
+from keras_mixprec.backend.jax_overflow import weights_are_split
 
 
 def unscale(grads, scale):
@@ -22,53 +19,6 @@ def unscale(grads, scale):
     kinds = [jnp.promote_types(g.dtype, jnp.float32) for g in grads]
     by = {kind: jnp.reciprocal(scale.astype(kind)) for kind in kinds}
     return [g.astype(kind) * by[kind] for g, kind in zip(grads, kinds, strict=True)]
-
-
-def _flags(grads, scale):
-    # Gradients that are split over devices must stay where they are: of two that are
-    # split differently one would be moved to be stacked, and XLA would split the layers
-    # before them otherwise than without us.
-    each = _by_gradient(grads) if _weights_are_split() else _by_shape(grads)
-    limit = jnp.minimum(LARGEST_NORM * scale, LARGEST_SCALED_NORM)
-    # `isfinite` too: what compiles this may take not(a <= b) for a > b, which is false
-    # for NaN as well.
-    return ~(jnp.isfinite(each) & (each <= jnp.square(limit)))
-
-
-def _weights_are_split():
-    distribution = keras.distribution.distribution()
-    return isinstance(distribution, keras.distribution.ModelParallel)
-
-
-def _by_gradient(grads):
-    grads = [jnp.zeros(()) if g is None else g for g in grads]
-    return jnp.stack([jnp.sum(_squares(g)).astype(jnp.float32) for g in grads])
-
-
-def _by_shape(grads):
-    """Return the same in few kernels: see `shapes`."""
-    groups, rows = group_by_shape(grads), [jnp.zeros((1, WIDTH))]
-    for members in groups:
-        rows.append(_rows_of_squares(jnp.stack([grads[i] for i in members])))
-    each = jnp.sum(jnp.concatenate(rows), axis=1)
-    return each[jnp.array(order(groups, len(grads)))]
-
-
-def _rows_of_squares(stacked):
-    """Return sums of squares of stacked gradients, of shape `(gradients, WIDTH)`."""
-    squares, rows = _squares(stacked), rows_of(stacked.shape[1:])
-    if rows is None:
-        squares = squares.reshape(len(stacked), -1)
-    elif rows == 1:
-        squares = jnp.sum(squares, axis=tuple(range(1, squares.ndim)))[:, None]
-    else:
-        squares = jnp.sum(squares.reshape(len(stacked), rows, -1), axis=2)
-    short = WIDTH - squares.shape[1]
-    return jnp.pad(squares.astype(jnp.float32), ((0, 0), (0, short)))
-
-
-def _squares(x):
-    return jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32)))
 
 
 def assign(variables, values):
@@ -83,18 +33,39 @@ def reduce_gradients(grads):
 
 def commit(update):
     """Keep what an `Update` assigns only if no gradient overflowed, and record it."""
-    flags = _flags(update.grads, update.scale)
+    overflows = flags(update.grads, update.scale)
     saved = [v.value for v in update.variables]
     update.run()
     new = [v.value for v in update.variables]
     for value in new:
         if value.dtype == jnp.float16:
-            flags |= ~jnp.all(jnp.isfinite(value)) & jnp.array(update.half())
-    finite = jnp.logical_not(jnp.any(flags))
-    for v, old, value in zip(update.variables, saved, new, strict=True):
+            overflows |= ~jnp.all(jnp.isfinite(value)) & jnp.array(update.half())
+    chosen = _chosen(jnp.any(overflows), update.variables, saved, new)
+    for v, old, value in zip(update.variables, saved, chosen, strict=True):
         if value is not old:
-            v.assign(jnp.where(finite, value, old))
-    update.record(flags)
+            v.assign(value)
+    update.record(overflows)
+
+
+def _chosen(skipped, variables, old, new):
+    """Return the old values of variables where `skipped`, else the new ones."""
+    shared = {}
+    if _fuses():
+        # A barrier, or XLA would see that each is but a scalar.
+        shared = {
+            shape: jax.lax.optimization_barrier(jnp.broadcast_to(skipped, shape))
+            for shape in shapes.shared(variables)
+        }
+    return [
+        value
+        if value is before
+        else jnp.where(shared.get(tuple(v.shape), skipped), before, value)
+        for v, before, value in zip(variables, old, new, strict=True)
+    ]
+
+
+def _fuses():
+    return jax.default_backend() == "gpu" and not weights_are_split()
 
 
 def wrap_train_step(transaction):
@@ -128,25 +99,17 @@ def _index(variables, variable):
 
 def _roll_back(transaction, skipped, old_state, new_state):
     trainable, non_trainable, optimizer, metrics = new_state
+    model = transaction.model
     written = {id(v) for v in transaction.variables()}
-    non_trainable = [
-        _choose(skipped, old, new) if id(v) in written else new
-        for v, old, new in zip(
-            transaction.model.non_trainable_variables,
-            old_state[1],
-            non_trainable,
-            strict=True,
+    old = [
+        before if id(v) in written else value
+        for v, before, value in zip(
+            model.non_trainable_variables, old_state[1], non_trainable, strict=True
         )
     ]
-    metrics = [
-        _choose(skipped, old, new)
-        for old, new in zip(old_state[3], metrics, strict=True)
-    ]
+    non_trainable = _chosen(skipped, model.non_trainable_variables, old, non_trainable)
+    metrics = _chosen(skipped, model.metrics_variables, old_state[3], metrics)
     return trainable, non_trainable, optimizer, metrics
-
-
-def _choose(skipped, old, new):
-    return new if new is old else jnp.where(skipped, old, new)
 
 
 def sees_whole_loss(model):

@@ -1,73 +1,112 @@
-"""Gradients of one shape, to be looked at together.
+"""What XLA's compiler for GPUs makes one kernel of, and what it does not by itself.
 
-Launching two hundred kernels costs a GPU more than reading what they read. So a large
-gradient is summed up in rows, those of one shape by one kernel; and one more sums up
-the rows of all, where a small gradient is a row as it is.
+Launching two hundred kernels costs a GPU more than reading what they read.
+
+Gradients are looked at together: the large ones are laid out in rows that one kernel
+sums up, and one more sums up the rows of all, where a small gradient is a row as it is.
+
+Values are selected together: kernels that read the same array become one, but not
+those that share no more than a scalar. So the decision is handed to small variables of
+one shape as an array of that shape.
 """
 
-import functools
+import collections
+import itertools
 import math
+from typing import NamedTuple
 
 # Values in the rows that are summed up at last: a gradient that fits is small.
 WIDTH = 1024
-# Up to here XLA's GPU compiler sums a row in one kernel.
+# Up to here a row is summed up by one kernel.
 _LONGEST = 8192
+# Operands of one kernel, a bit less than it may have.
+_MOST = 64
+# Larger ones have a kernel each, which reads twice as fast where it reads one array.
+_LARGE = 2**22
 # Dimensions of the kernel of a convolution over an image, the fewest that have their
 # own order in memory.
 _CONVOLUTION = 4
+# Variables of one shape for which an array of it is worth a kernel of its own.
+_MANY = 8
 
 
-def group_by_shape(grads: list) -> list[list[int]]:
-    """Return the positions of the gradients, by shape and dtype; `None` is left out.
+class Block(NamedTuple):
+    """Gradients of one dtype that one kernel looks at.
+
+    Attributes:
+        members: Their positions, those with as many rows next to each other.
+        rows: Of each, in how many rows it is summed up; 0 where it is small.
+        length: Values in a row, to which the last one is filled up with zeros; that of
+            the gradients where they are small; `None` where it is not known.
+    """
+
+    members: list[int]
+    rows: list[int]
+    length: int | None
+
+    def runs(self) -> list[tuple[int, int]]:
+        """Return (gradients, rows of each) for those that follow one another."""
+        return [(len([*same]), rows) for rows, same in itertools.groupby(self.rows)]
+
+
+def blocks(grads: list) -> list[Block]:
+    """Return which gradients to look at together; `None` is left out.
 
     Args:
         grads: List of tensors or `None`.
     """
-    groups = {}
+    alike = collections.defaultdict(list)
     for i, grad in enumerate(grads):
         if grad is not None:
-            shape = tuple(grad.shape)
+            rows, length = _layout(tuple(grad.shape))
             # What is not known of two shapes may differ: rows of sparse gradients.
-            alone = i if None in shape else None
-            groups.setdefault((shape, str(grad.dtype), alone), []).append(i)
-    return list(groups.values())
+            alone = i if length is None or rows * length > _LARGE else None
+            alike[str(grad.dtype), length, alone].append((rows, i))
+    found = []
+    for (_, length, _), members in alike.items():
+        members.sort()
+        for start in range(0, len(members), _MOST):
+            some = members[start : start + _MOST]
+            found.append(Block([i for _, i in some], [r for r, _ in some], length))
+    return found
 
 
-def order(groups: list[list[int]], length: int) -> list[int]:
-    """Return where each gradient stands once its group follows the others.
+def _layout(shape):
+    """Return (rows, length) of a gradient."""
+    if None in shape:
+        return 1, None
+    size = math.prod(shape)
+    return (0, size) if size <= WIDTH else (math.ceil(size / _LONGEST), _LONGEST)
 
-    Position 0 is for those in no group.
+
+def order(found: list[Block], length: int) -> list[int]:
+    """Return where each gradient stands once its block follows the others.
+
+    Position 0 is for those in no block.
 
     Args:
-        groups: What `group_by_shape` returned.
+        found: What `blocks` returned.
         length: Int, the number of gradients.
     """
-    places = {i: at for at, i in enumerate(sum(groups, []), start=1)}
+    members = itertools.chain.from_iterable(block.members for block in found)
+    places = {i: at for at, i in enumerate(members, start=1)}
     return [places.get(i, 0) for i in range(length)]
 
 
-def rows_of(shape: tuple) -> int | None:
-    """Return in how many rows to sum up a gradient first: at most `WIDTH`.
+def is_convolution(shape: tuple) -> bool:
+    """Return whether a gradient is that of the kernel of a convolution.
 
-    As many as leave rows that are short enough, else as many as there can be. A
-    convolution's kernel is one row: a GPU has its gradient in another order than the
-    logical one, and XLA would first transpose it for a reshape, in float32.
+    A GPU has it with the outputs first, which are last in the logical order: rows that
+    do not begin with them XLA would first transpose it for.
+    """
+    return len(shape) >= _CONVOLUTION
+
+
+def shared(variables: list) -> set[tuple]:
+    """Return the shapes of which there are many small variables.
 
     Args:
-        shape: Tuple of ints, `None` where the size is not known.
-
-    Returns:
-        Int, or `None` for a gradient that is no longer than `WIDTH` itself.
+        variables: List of `keras.Variable`.
     """
-    if None in shape:
-        return 1
-    size = math.prod(shape)
-    if size <= WIDTH:
-        return None
-    return 1 if len(shape) >= _CONVOLUTION else _rows(size)
-
-
-@functools.lru_cache
-def _rows(size):
-    fitting = [r for r in range(1, WIDTH + 1) if size % r == 0]
-    return next((r for r in fitting if size // r <= _LONGEST), fitting[-1])
+    counts = collections.Counter(tuple(v.shape) for v in variables)
+    return {s for s, n in counts.items() if n >= _MANY and 1 < math.prod(s) <= _LONGEST}

@@ -3,7 +3,6 @@
 import functools
 
 import tensorflow as tf
-from tensorflow.compiler.tf2xla.python import xla as xla_ops
 
 from keras_mixprec import ranges
 from keras_mixprec.backend import stateful
@@ -15,6 +14,7 @@ from keras_mixprec.backend.tensorflow_commit import read
 from keras_mixprec.backend.tensorflow_commit import restore_by_cond
 from keras_mixprec.backend.tensorflow_commit import restore_by_select
 from keras_mixprec.backend.tensorflow_notes import last_notes  # noqa: F401
+from keras_mixprec.backend.tensorflow_xla import barrier
 from keras_mixprec.backend.tensorflow_xla import compiling
 from keras_mixprec.backend.tensorflow_xla import is_compiling
 
@@ -131,7 +131,7 @@ def _recomputed(function):
 @tf.custom_gradient
 def _behind_barrier(x):
     # TensorFlow has no gradient for it: that of a gradient passes as it is.
-    return xla_ops.optimization_barrier(x)[0], lambda upstream: upstream
+    return barrier(x), lambda upstream: upstream
 
 
 def carrier(paths, calls, own_step=False):

@@ -4,9 +4,11 @@ import functools
 
 import tensorflow as tf
 
+from keras_mixprec.backend import shapes
 from keras_mixprec.backend import tensorflow_replicas
 from keras_mixprec.backend.tensorflow_overflow import flags
-from keras_mixprec.backend.tensorflow_overflow import flags_by_shape
+from keras_mixprec.backend.tensorflow_overflow import flags_by_block
+from keras_mixprec.backend.tensorflow_xla import barrier
 from keras_mixprec.backend.tensorflow_xla import compiling
 from keras_mixprec.backend.tensorflow_xla import is_compiling
 
@@ -50,8 +52,8 @@ def _on_gpu(variables):
 def _commit_by_select(update):
     # On a GPU XLA fuses a select into each variable's own update; a branch it does
     # not. On a CPU it copies for the one and runs the other in place.
-    fuses = is_compiling() and _on_gpu(update.variables)
-    overflows = (flags_by_shape if fuses else _flags)(update.grads, update.scale)
+    fuses = _fuses(update.variables)
+    overflows = (flags_by_block if fuses else _flags)(update.grads, update.scale)
     saved = read(update.variables)
     update.run()
     if any(v.dtype == "float16" for v in update.variables):
@@ -130,8 +132,20 @@ def read(variables):
 
 
 def restore_by_select(skipped, variables, saved):
+    shared = {}
+    if _fuses(variables):
+        # A barrier, or XLA would see that each is but a scalar.
+        shared = {
+            shape: barrier(tf.broadcast_to(skipped, shape))
+            for shape in shapes.shared(variables)
+        }
     for v, old in zip(variables, saved, strict=True):
-        v.assign(tf.where(skipped, old, v.value.read_value()))
+        by = shared.get(tuple(v.shape), skipped)
+        v.assign(tf.where(by, old, v.value.read_value()))
+
+
+def _fuses(variables):
+    return is_compiling() and _on_gpu(variables)
 
 
 def restore_by_cond(skipped, variables, saved):

@@ -4,10 +4,8 @@ import tensorflow as tf
 
 from keras_mixprec.backend import LARGEST_NORM
 from keras_mixprec.backend import LARGEST_SCALED_NORM
-from keras_mixprec.backend.shapes import WIDTH
-from keras_mixprec.backend.shapes import group_by_shape
-from keras_mixprec.backend.shapes import order
-from keras_mixprec.backend.shapes import rows_of
+from keras_mixprec.backend.squares import sums_of_squares
+from keras_mixprec.backend.tensorflow_xla import barrier
 
 # The square of a gradient that is not there.
 _NONE = 0.0
@@ -30,31 +28,10 @@ def flags(grads, scale, xla: bool, divided: bool = False):
     return _too_large(squares, _limit(scale) / scale if divided else _limit(scale))
 
 
-def flags_by_shape(grads, scale):
-    """The same for XLA on a GPU, in few kernels: see `shapes`.
-
-    XLA fuses the stacks into the reductions; outside XLA they would be copies.
-    """
-    values = [_values(g) for g in grads]
-    groups, rows = group_by_shape(values), [tf.fill((1, WIDTH), _NONE)]
-    for members in groups:
-        rows.append(_rows_of_squares(tf.stack([values[i] for i in members])))
-    each = tf.reduce_sum(tf.concat(rows, 0), axis=1)
-    return _too_large(tf.gather(each, order(groups, len(values))), _limit(scale))
-
-
-def _rows_of_squares(stacked):
-    """Return sums of squares of stacked gradients, of shape `(gradients, WIDTH)`."""
-    squares, count = tf.square(_at_least_float32(stacked)), stacked.shape[0]
-    rows = rows_of(stacked.shape[1:])
-    if rows is None:
-        squares = tf.reshape(squares, (count, stacked.shape[1:].num_elements()))
-    elif rows == 1:
-        squares = tf.reduce_sum(squares, axis=[*range(1, squares.ndim)])[:, None]
-    else:
-        squares = tf.reduce_sum(tf.reshape(squares, (count, rows, -1)), axis=2)
-    short = WIDTH - squares.shape[1]
-    return tf.pad(tf.cast(squares, tf.float32), ((0, 0), (0, short)))
+def flags_by_block(grads, scale):
+    """The same for XLA on a GPU, in few kernels."""
+    sums, order = sums_of_squares([_values(g) for g in grads], barrier)
+    return _too_large(tf.gather(sums, order), _limit(scale))
 
 
 def _values(grad):

@@ -1,10 +1,13 @@
-"""TensorFlow: whether XLA compiles what is being traced.
+"""TensorFlow: whether XLA compiles what is being traced, and what only it knows.
 
 A graph does not know whether XLA will compile it; the model that traces does.
 """
 
 import contextlib
 import threading
+from typing import Any
+
+from tensorflow.compiler.tf2xla.python import xla as xla_ops
 
 _trace = threading.local()
 
@@ -27,3 +30,8 @@ def compiling(by_xla: bool):
 def is_compiling() -> bool:
     """Return whether XLA will compile what is being traced."""
     return getattr(_trace, "xla", False)
+
+
+def barrier(x: Any) -> Any:
+    """Return a tensor as it is, across which XLA fuses nothing. It has no gradient."""
+    return xla_ops.optimization_barrier(x)[0]
