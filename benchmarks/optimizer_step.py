@@ -2,8 +2,10 @@
 
     KERAS_BACKEND=tensorflow python optimizer_step.py
 
-180 variables, 5M parameters, Adam, float32 gradients that are given. The step is
-timed alone, so that the cost shows that a whole train step hides. Three optimizers
+180 variables, 5M parameters, Adam, float32 gradients. The step is timed alone, so that
+the cost shows that a whole train step hides; but the gradients are made in it, by a
+change of sign, since those of a backward pass are nobody else's: TensorFlow writes into
+their memory, and into that of a function's arguments it must not. Three optimizers
 take turns, block by block: the inner one alone, in Keras's wrapper, in ours; on
 TensorFlow with and without XLA. Prints a table and JSON lines. It asserts nothing:
 timings depend on what else the machine does.
@@ -91,7 +93,7 @@ def _tf(step, jit_compile):
     def run(grads):
         # A model tells the backend that XLA compiles its step; here nobody else does.
         with compiling(jit_compile):
-            step.optimizer.apply(grads, step.variables)
+            step.optimizer.apply([-g for g in grads], step.variables)
 
     return lambda: run(step.grads)
 
@@ -99,8 +101,11 @@ def _tf(step, jit_compile):
 def _jax(step):
     import jax
 
+    def update(own, grads, trainable):
+        return step.optimizer.stateless_apply(own, [-g for g in grads], trainable)
+
     # As in the JAX trainer: state in and out, the old one donated.
-    apply = jax.jit(step.optimizer.stateless_apply, donate_argnums=(0, 2))
+    apply = jax.jit(update, donate_argnums=(0, 2))
     # Copies: what a variable holds must not be donated.
     state = [
         [v.value.copy() for v in variables]
@@ -120,7 +125,7 @@ def _torch(step):
 
     def run():
         with torch.no_grad():
-            step.optimizer.apply(step.grads, step.variables)
+            step.optimizer.apply([-g for g in step.grads], step.variables)
 
     return run
 
