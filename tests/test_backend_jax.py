@@ -42,7 +42,14 @@ def test_many_small_variables_are_selected_by_an_array(fuses, barriers, monkeypa
 
 def test_what_a_gpu_runs_skips_a_step_whole_and_learns_the_same(monkeypatch):
     x, y = data(64)
-    weights = []
+    weights, by_block = [], []
+    look = engine.flags_by_block
+
+    def counting(grads, scale):
+        by_block.append(len(grads))
+        return look(grads, scale)
+
+    monkeypatch.setattr(engine, "flags_by_block", counting)
     for fuses in (False, True):
         monkeypatch.setattr(engine, "_fuses", lambda fuses=fuses: fuses)
         keras.utils.set_random_seed(0)
@@ -52,6 +59,7 @@ def test_what_a_gpu_runs_skips_a_step_whole_and_learns_the_same(monkeypatch):
         model.train_on_batch(x, y)
         assert model.optimizer.overflow_count == 1
         weights.append([np.asarray(v.value) for v in model.weights])
+        assert bool(by_block) == fuses
     for one, other in zip(*weights, strict=True):
         np.testing.assert_array_equal(one, other)
 
@@ -59,7 +67,12 @@ def test_what_a_gpu_runs_skips_a_step_whole_and_learns_the_same(monkeypatch):
 def test_only_a_gpu_that_has_whole_weights_shares_decisions(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert engine._fuses()
-    monkeypatch.setattr(engine, "weights_are_split", lambda: True)
-    assert not engine._fuses()
+    split = keras.distribution.ModelParallel(
+        layout_map=keras.distribution.LayoutMap(
+            keras.distribution.DeviceMesh((1,), ["model"], devices=["cpu:0"])
+        )
+    )
+    with split.scope():
+        assert not engine._fuses()
     monkeypatch.undo()
     assert engine._fuses() == (jax.default_backend() == "gpu")

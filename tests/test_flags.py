@@ -40,7 +40,7 @@ def ways():
     if BACKEND == "jax":
         import jax
 
-        return [jax.jit(engine.flags)]
+        return [jax.jit(engine.flags), jax.jit(engine.flags_by_block)]
     import tensorflow as tf
 
     from keras_mixprec.backend import tensorflow_overflow as overflow

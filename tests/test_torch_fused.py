@@ -177,6 +177,37 @@ def test_gradients_of_other_kinds_are_left_to_keras(gradient, fused):
     assert not fused
 
 
+def test_slots_elsewhere_and_variables_twice_are_left_to_keras(fused):
+    trained = variables([(3, 4), (5,)])
+    grads = gradients(0, 2.0**15, [(3, 4), (5,)])
+    for name in ("_momentums", "_velocities"):
+        optimizer = wrapped("adam", trained)
+        slot = getattr(optimizer.inner_optimizer, name)[0]
+        slot._value = torch.zeros(4, 3).T
+        optimizer.apply(grads, trained)
+        assert slot.numpy().all()
+    wrapped("adam", trained).apply([grads[0]] * 2, [trained[0]] * 2)
+    assert not fused
+
+
+def test_a_variable_that_is_not_known_leaves_all_as_it_was(fused):
+    trained, other = variables(), keras.Variable(1.0)
+    optimizer = wrapped(keras.optimizers.AdamW(), trained)
+    before = snapshot(trained, optimizer)
+    with pytest.raises(ValueError, match="Unknown variable"):
+        optimizer.apply(gradients(0, shapes=[(3, 4), ()]), [trained[0], other])
+    assert_same_bits(before, snapshot(trained, optimizer))
+
+
+def test_no_rate_damages_what_is_skipped(fused):
+    trained = variables([(4,)])
+    optimizer = wrapped(keras.optimizers.AdamW(lambda: float("inf")), trained)
+    before = snapshot(trained)
+    optimizer.apply([torch.full((4,), torch.nan)], trained)
+    assert fused == [True]
+    assert_same_bits(before, snapshot(trained))
+
+
 def test_other_memory_than_plain_tensors_is_left_to_keras():
     weight = torch.ones(3, 4)
     assert torch_fused._is_plain(weight, CPU)
@@ -231,7 +262,7 @@ def test_only_a_gpu_where_it_was_tried_out_is_asked(monkeypatch):
     assert torch_fused._same(CPU, False) and torch_fused._same(CPU, True)
 
 
-@pytest.mark.parametrize("fault", ["writes", "nudges", "epsilon", "missing"])
+@pytest.mark.parametrize("fault", ["writes", "nudges", "epsilon", "maxima", "missing"])
 def test_a_call_that_does_otherwise_is_not_used(fault, monkeypatch):
     call = torch._fused_adam_
 
@@ -244,10 +275,12 @@ def test_a_call_that_does_otherwise_is_not_used(fault, monkeypatch):
             args[0][1].mul_(1 + 1e-6)
         if fault == "epsilon":
             kwargs["eps"] = 2 * kwargs["eps"]
+        if fault == "maxima":
+            kwargs["amsgrad"] = False
         call(*args, **kwargs)
 
     monkeypatch.setattr(torch, "_fused_adam_", other)
-    assert not torch_fused._same(CPU, False)
+    assert not torch_fused._same(CPU, True)
 
 
 def test_the_host_does_less_for_it(fused):

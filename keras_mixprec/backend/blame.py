@@ -15,8 +15,8 @@ def blame_loss(losses, before, after):
     """
     if not losses:
         return after
-    # The sum is finite if all are. XLA makes it part of what reads it, and torch
-    # launches less for it than for asking each.
+    # The sum is finite if all are, but for losses near the largest number there is. XLA
+    # makes it part of what reads it, and torch launches less for it than for each.
     total = functools.reduce(
         ops.add, [ops.sum(v) if len(v.shape) else v for v in losses]
     )

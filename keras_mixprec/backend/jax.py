@@ -11,7 +11,7 @@ from keras_mixprec.backend import shapes
 from keras_mixprec.backend.blame import blame_loss
 from keras_mixprec.backend.gradient_carrier import GradientCarrier
 from keras_mixprec.backend.jax_overflow import flags
-from keras_mixprec.backend.jax_overflow import weights_are_split
+from keras_mixprec.backend.jax_overflow import flags_by_block
 
 
 def unscale(grads, scale):
@@ -33,7 +33,8 @@ def reduce_gradients(grads):
 
 def commit(update):
     """Keep what an `Update` assigns only if no gradient overflowed, and record it."""
-    overflows = flags(update.grads, update.scale)
+    look = flags_by_block if _fuses() else flags
+    overflows = look(update.grads, update.scale)
     saved = [v.value for v in update.variables]
     update.run()
     new = [v.value for v in update.variables]
@@ -65,7 +66,9 @@ def _chosen(skipped, variables, old, new):
 
 
 def _fuses():
-    return jax.default_backend() == "gpu" and not weights_are_split()
+    split = keras.distribution.ModelParallel
+    whole = not isinstance(keras.distribution.distribution(), split)
+    return jax.default_backend() == "gpu" and whole
 
 
 def wrap_train_step(transaction):
