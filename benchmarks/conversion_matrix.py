@@ -36,11 +36,11 @@ Every case is a model with seeded random weights, converted in place with one ba
 as the sample, and compared with itself in float32. A case passes if the relative
 error of every output is below 2e-2, no value is non-finite, outputs are float32,
 weights are the same bit for bit, a saved and loaded copy has the same policies and
-outputs bit for bit, gradients are finite at some loss scale from 2**15 down to
-2**-14, and `to_float32` gives the float32 outputs bit for bit.
+outputs bit for bit, gradients are finite at some loss scale from `2**15` down to
+`2**-14`, and `to_float32` gives the float32 outputs bit for bit.
 
 `half` counts the layers in half precision. `error` is the largest of the outputs'.
-`scale` is the first loss scale, downwards from 2**15, with finite gradients. A star
+`scale` is the first loss scale, downwards from `2**15`, with finite gradients. A star
 marks mixed_bfloat16: JAX has no float16 products with float32 sums on CPUs. "no copy"
 marks models that Keras itself cannot save and load, in float32 either.
 """
