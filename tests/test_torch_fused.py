@@ -41,9 +41,9 @@ def fused(monkeypatch):
     """A CPU taken for a GPU. Yields the updates that were carried out in one call."""
     carry_out, updates = torch_fused.unless, []
 
-    def counting(skipped, update):
+    def counting(skipped, *args):
         updates.append(bool(skipped))
-        carry_out(skipped, update)
+        carry_out(skipped, *args)
 
     monkeypatch.setattr(engine, "_free_to_read", lambda tensor: False)
     monkeypatch.setattr(torch_fused, "updates_as_keras_does", lambda device: True)
@@ -254,7 +254,7 @@ def test_a_model_is_trained_and_a_step_skipped_whole(fused):
     assert fused == [False, True, True, False]
 
 
-def test_only_a_gpu_where_it_was_tried_out_is_asked(monkeypatch):
+def test_only_a_gpu_where_it_was_tried_out_is_asked():
     assert not torch_fused.updates_as_keras_does(CPU)
     if torch.cuda.is_available():
         assert torch_fused.updates_as_keras_does(torch.device("cuda", 0))

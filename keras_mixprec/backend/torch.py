@@ -75,8 +75,8 @@ def commit(update):
     elif _free_to_read(flags):
         if not skipped:
             update.run()
-    elif torch_fused.fits(update):
-        torch_fused.unless(skipped, update)
+    elif slots := torch_fused.slots_of(update):
+        torch_fused.unless(skipped, update, slots)
     else:
         with undone_if(skipped, variables, optimizer):
             update.run()

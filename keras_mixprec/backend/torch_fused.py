@@ -5,6 +5,7 @@ fused one reads on the device whether to write, so that nothing has to be put ba
 """
 
 import functools
+import itertools
 import math
 
 import keras
@@ -21,36 +22,35 @@ _MORE = (
 )
 
 
-def fits(update):
-    """Return whether `unless` carries an `Update` out as Keras would.
+def slots_of(update):
+    """Return the slots that `unless` takes to carry an `Update` out as Keras would.
 
     Args:
         update: `keras_mixprec.backend.update.Update`.
+
+    Returns:
+        Lists of tensors, one tensor per gradient: the means, the mean squares and, for
+        `amsgrad=True`, their maxima. Empty if only Keras's own update will do.
     """
     inner, variables = update.optimizer, update.targets
     if type(inner) not in _kinds() or any(getattr(inner, name) for name in _MORE):
-        return False
+        return []
     if any(v.constraint or v.overwrite_with_gradient for v in variables):
-        return False
+        return []
     device = variables[0]._value.device
     if variables[0].value is not variables[0]._value:
-        return False  # A scope would hold the new values.
+        return []  # A scope would hold the new values.
     if not updates_as_keras_does(device) or inner._iterations._value.device != device:
-        return False
+        return []
     if len(set(map(id, variables))) < len(variables):
-        return False
+        return []
     inner._check_variables_are_known(variables)
-    slots = [v._value for some in _slots(inner, variables) for v in some]
-    tensors = [*update.grads, *(v._value for v in variables), *slots]
-    return all(_is_plain(t, device) for t in tensors)
-
-
-def _slots(inner, variables):
-    """Return the means, the mean squares, and their maxima if there are such."""
     places = [inner._get_variable_index(v) for v in variables]
     kinds = [inner._momentums, inner._velocities]
     kinds += [inner._velocity_hats] if inner.amsgrad else []
-    return [[kind[i] for i in places] for kind in kinds]
+    slots = [[kind[i]._value for i in places] for kind in kinds]
+    tensors = itertools.chain(update.grads, (v._value for v in variables), *slots)
+    return slots if all(_is_plain(t, device) for t in tensors) else []
 
 
 @functools.cache
@@ -64,7 +64,7 @@ def _kinds():
 
 def _is_plain(tensor, device):
     return (
-        # Others, as distributed ones, know what to do with fewer calls.
+        # A subclass, as a distributed tensor, may not know the fused call.
         type(tensor) in (torch.Tensor, torch.nn.Parameter)
         and tensor.dtype is torch.float32
         and tensor.device == device
@@ -74,7 +74,7 @@ def _is_plain(tensor, device):
 
 
 @torch.no_grad()
-def unless(skipped, update):
+def unless(skipped, update, slots):
     """Carry an `Update` out unless `skipped`, which only the device knows.
 
     The same numbers as Keras's to within rounding: torch multiplies and adds in double
@@ -82,7 +82,8 @@ def unless(skipped, update):
 
     Args:
         skipped: Bool scalar tensor.
-        update: An `Update` that `fits`.
+        update: An `Update`.
+        slots: What `slots_of` returned for it, not empty.
     """
     inner, variables = update.optimizer, update.targets
     rate = keras.ops.convert_to_tensor(inner.learning_rate, "float32")
@@ -93,9 +94,7 @@ def unless(skipped, update):
         decayed = [v._value for v in variables if inner._use_weight_decay(v)]
         if decayed:
             torch._foreach_mul_(decayed, decay)
-    means, squares, *maxima = [
-        [v._value for v in some] for some in _slots(inner, variables)
-    ]
+    means, squares, *maxima = slots
     adam_unless(
         skipped,
         [v._value for v in variables],
