@@ -111,3 +111,14 @@ def assert_skipped_whole(model, x, y):
     after = snapshot(model, model.optimizer)
     # Metrics start anew with each batch.
     assert_same_bits(before, after, but=(*SCALING, "loss/", "accuracy/"))
+
+
+def assert_overflows_are_skipped(model):
+    """Train a `classifier` on four batches, of which the second and third overflow."""
+    x, y = data(64)
+    model.train_on_batch(x, y)
+    assert_skipped_whole(model, np.full_like(x, 1e6), y)
+    assert_skipped_whole(model, np.full_like(x, np.nan), y)
+    assert model.optimizer.overflow_count == 2
+    model.train_on_batch(x, y)
+    assert int(model.optimizer.iterations) == 2
