@@ -50,11 +50,14 @@ class Activity:
 
     Args:
         nvml: The module `pynvml`, initialised.
+        power: Bool, whether `read` is to tell the mean power since now: of the counter
+            of energy, for which a driver takes some 3 ms. Else it tells the present
+            power. Defaults to `True`.
     """
 
-    def __init__(self, nvml: types.ModuleType):
+    def __init__(self, nvml: types.ModuleType, power: bool = True):
         visible = visible_devices(nvml, os.environ.get("CUDA_VISIBLE_DEVICES"))
-        self._watches = [_Watch(nvml, device) for device in visible]
+        self._watches = [_Watch(nvml, device, power) for device in visible]
 
     def read(self) -> list[Reading]:
         """Return one `Reading` per device, in CUDA's order."""
@@ -69,11 +72,11 @@ class Activity:
 
 
 class _Watch:
-    def __init__(self, nvml, device):
+    def __init__(self, nvml, device, power):
         self._nvml, self._device = nvml, device
         self._name = ask(nvml, "nvmlDeviceGetName", device.handle)
         self._sample = self._gpm_sample() if self._has_gpm() else None
-        self._energy = self._energy_now()
+        self._energy = self._energy_now() if power else None
         self._start = time.time()
 
     def percent(self):
@@ -142,10 +145,12 @@ class _Watch:
         return ask(self._nvml, "nvmlDeviceGetTotalEnergyConsumption", handle)
 
     def _power(self):
-        energy, seconds = self._energy_now(), time.time() - self._start
+        seconds = time.time() - self._start
         # The counter moves every 20 to 100 ms.
-        if energy is not None and self._energy is not None and seconds > 1:
-            return (energy - self._energy) / 1e3 / seconds
+        if self._energy is not None and seconds > 1:
+            energy = self._energy_now()
+            if energy is not None:
+                return (energy - self._energy) / 1e3 / seconds
         milliwatts = ask(self._nvml, "nvmlDeviceGetPowerUsage", self._device.handle)
         return milliwatts and milliwatts / 1e3
 

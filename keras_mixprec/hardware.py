@@ -113,10 +113,15 @@ def reset_peak_memory() -> bool:
     return engine.reset_peak_memory()
 
 
-def start_activity() -> Activity | None:
-    """Start measuring the GPUs; `None` where there is none, or no NVML."""
+def start_activity(power: bool = True) -> Activity | None:
+    """Start measuring the GPUs; `None` where there is none, or no NVML.
+
+    Args:
+        power: Bool, whether `read_devices` is to tell the mean power since now, at some
+            3 ms. Else it tells the present power. Defaults to `True`.
+    """
     nvml_module = nvml.load() if engine.memory_info() else None
-    return Activity(nvml_module) if nvml_module else None
+    return Activity(nvml_module, power) if nvml_module else None
 
 
 def read_devices(start: Activity | None) -> list[Reading]:

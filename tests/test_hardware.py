@@ -174,7 +174,7 @@ def install(monkeypatch, clock):
 
 
 def one_epoch():
-    return hardware.read_activity(hardware.start_activity())
+    return hardware.read_activity(hardware.start_activity(power=False))
 
 
 def lines(caplog):
@@ -326,6 +326,9 @@ def test_power_without_an_energy_counter_or_time(install, clock):
     start = hardware.start_activity()
     assert hardware.read_devices(start)[0].power_w == 120.5
     clock.seconds += 10
+    present = hardware.start_activity(power=False)
+    clock.seconds += 10
+    assert hardware.read_devices(present)[0].power_w == 120.5
     gpu.energy = None
     assert hardware.read_devices(start)[0].power_w == 120.5
 
@@ -341,6 +344,7 @@ def test_an_epoch_asks_the_driver_for_no_more_than_it_logs(install, monkeypatch)
     assert one_epoch() == {"gpu_util": 90.0, "tensor_core_util": 57.0}
     assert "nvmlGpmMetricsGet" in asked
     slow = ("MemoryInfo", "ComputeRunningProcesses", "PowerUsage")
+    slow += ("TotalEnergyConsumption",)
     assert not {f"nvmlDeviceGet{name}" for name in slow} & set(asked), asked
 
 

@@ -126,7 +126,7 @@ summed over devices; per device too (`gpu_memory_mb_0`, ...) where there are sev
         """Start the epoch's memory peak and its counters anew."""
         self._last_batch = 0
         hardware.reset_peak_memory()
-        self._activity = hardware.start_activity()
+        self._activity = hardware.start_activity(power=False)
         self._is_first, self._since_second_batch = True, None
 
     def on_train_batch_begin(self, batch: int, logs: dict | None = None) -> None:
@@ -135,7 +135,7 @@ summed over devices; per device too (`gpu_memory_mb_0`, ...) where there are sev
             # What the advice goes by: the first batch may have compiled for minutes.
             self._is_first = False
             if self._activity and not self._advised:
-                self._since_second_batch = hardware.start_activity()
+                self._since_second_batch = hardware.start_activity(power=False)
         # Not after a batch: a hook there switches off asynchronous dispatch.
         if not (self._every and self._outputs):
             return
