@@ -1,6 +1,7 @@
 """Which gradients overflowed: in every shape, wherever in it, and no others."""
 
 import functools
+import math
 
 import keras
 import numpy as np
@@ -161,6 +162,55 @@ def test_one_kernel_takes_what_it_can_read_at_once():
     assert runs[:2] == [[(1, 1), (2, 2)], [(2, 0)]]
     many = shapes.blocks([keras.KerasTensor((2000,))] * 150)
     assert [len(block.members) for block in many] == [64, 64, 22]
+
+
+# Attention's and a perceptron's; and what has no rows of its own worth a kernel.
+MANY = {"query": (768, 12, 64), "output": (12, 64, 768), "dense": (768, 3072)}
+OTHERS = {"kernel": (3, 3, 256, 512), "narrow": (50_000, 100), "long": (60, 70_000)}
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "length", "axes"),
+    [
+        ("query", 768, 768, (1, 2)),
+        ("output", 768, 768, (2,)),
+        ("dense", 768, 3072, (1,)),
+        ("kernel", 144, 8192, ()),
+        ("narrow", 611, 8192, ()),
+        ("long", 513, 8192, ()),
+    ],
+)
+def test_many_values_are_summed_up_along_their_own_rows(name, rows, length, axes):
+    shape = (MANY | OTHERS)[name]
+    number = 2**22 // math.prod(shape) + 1
+    found = shapes.blocks([keras.KerasTensor(shape)] * number)
+    assert found[0] == shapes.Block([*range(number)], [rows] * number, length, axes)
+    if axes and number > 1:
+        # One less, and it is not worth a kernel of its own.
+        (few,) = shapes.blocks([keras.KerasTensor(shape)] * (number - 1))
+        assert (few.length, few.axes) == (8192, ())
+
+
+def test_gradients_of_another_first_axis_are_summed_up_with_them():
+    grads = [keras.KerasTensor(s) for s in [(768, 3072), (512, 3072), (8, 3072)]]
+    grads = [grads[0], *grads, (keras.KerasTensor((3072, 2), "float32"))]
+    found = shapes.blocks(grads)
+    assert found[0] == shapes.Block([3, 2, 0, 1], [8, 512, 768, 768], 3072, (1,))
+    assert [block.members for block in found] == [[3, 2, 0, 1], [4]]
+
+
+@pytest.mark.parametrize("bad", [(), (0,), (5, 9), (13, 14)])
+def test_each_of_many_is_flagged_alone_along_its_own_rows(bad, monkeypatch):
+    monkeypatch.setattr(shapes, "_LARGE", 2**20)
+    # As attention's kernels, those of one perceptron, and one more of a shorter axis.
+    kinds = [(512, 8, 64), (8, 64, 512), (512, 2048)]
+    arrays = [np.zeros(kinds[i % 3], "float32") for i in range(14)]
+    arrays += [np.zeros((3, 2048), "float32")]
+    axes = [block.axes for block in shapes.blocks(arrays)]
+    assert sorted(axes) == [(1,), (1, 2), (2,)]
+    for i in bad:
+        arrays[i].reshape(-1)[[0, -1][i % 2]] = np.inf
+    assert flags(arrays) == [i in bad for i in range(len(arrays))]
 
 
 def test_many_small_variables_of_one_shape_share_a_decision():

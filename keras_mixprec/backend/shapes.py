@@ -2,8 +2,10 @@
 
 Launching two hundred kernels costs a GPU more than reading what they read.
 
-Gradients are looked at together: the large ones are laid out in rows that one kernel
-sums up, and one more sums up the rows of all, where a small gradient is a row as it is.
+Gradients are looked at together. Large ones of one shape that are many are summed up
+along the rows that they have, by one kernel; the others are laid out in rows of one
+length for another. A last one sums up what the rows of all come to, where a small
+gradient is a row as it is.
 
 Values are selected together: kernels that read the same array become one, but not
 those that share no more than a scalar. So the decision is handed to small variables of
@@ -19,9 +21,12 @@ from typing import NamedTuple
 WIDTH = 1024
 # Up to here a row is summed up by one kernel.
 _LONGEST = 8192
+# Shorter ones would have no value for some of the threads that add them up.
+_SHORTEST = 512
 # Operands of one kernel, a bit less than it may have.
 _MOST = 64
-# Larger ones have a kernel each, which reads twice as fast where it reads one array.
+# Values that are worth a kernel of their own, which reads twice as fast: of one array,
+# or of several along their own rows.
 _LARGE = 2**22
 # Dimensions of the kernel of a convolution over an image, the fewest that have their
 # own order in memory.
@@ -38,11 +43,13 @@ class Block(NamedTuple):
         rows: Of each, in how many rows it is summed up; 0 where it is small.
         length: Values in a row, to which the last one is filled up with zeros; that of
             the gradients where they are small; `None` where it is not known.
+        axes: The last axes of the gradients, if those are what their rows lie along.
     """
 
     members: list[int]
     rows: list[int]
     length: int | None
+    axes: tuple[int, ...] = ()
 
     def runs(self) -> list[tuple[int, int]]:
         """Return (gradients, rows of each) for those that follow one another."""
@@ -55,28 +62,56 @@ def blocks(grads: list) -> list[Block]:
     Args:
         grads: List of tensors or `None`.
     """
-    alike = collections.defaultdict(list)
+    alike, many = collections.defaultdict(list), _of_many_values(grads)
     for i, grad in enumerate(grads):
         if grad is not None:
-            rows, length = _layout(tuple(grad.shape))
+            shape, kind = tuple(grad.shape), str(grad.dtype)
+            own = shape[1:] if (kind, shape[1:]) in many else None
+            axes = _axes_of_rows(shape) if own else ()
+            rows, length = _layout(shape, axes)
             # What is not known of two shapes may differ: rows of sparse gradients.
             alone = i if length is None or rows * length > _LARGE else None
-            alike[str(grad.dtype), length, alone].append((rows, i))
+            alike[kind, length, alone, axes and own, axes].append((rows, i))
     found = []
-    for (_, length, _), members in alike.items():
+    for (_, length, _, _, axes), members in alike.items():
         members.sort()
         for start in range(0, len(members), _MOST):
-            some = members[start : start + _MOST]
-            found.append(Block([i for _, i in some], [r for r, _ in some], length))
+            rows, places = zip(*members[start : start + _MOST], strict=True)
+            found.append(Block([*places], [*rows], length, axes))
     return found
 
 
-def _layout(shape):
-    """Return (rows, length) of a gradient."""
+def _of_many_values(grads):
+    """Return (dtype, shape without the first axis) of gradients worth a kernel.
+
+    A kernel that puts several together computes for each value where it lies, unless
+    they are put together along the first axis and their rows are rows in memory.
+    """
+    values = collections.Counter()
+    for grad in grads:
+        if grad is not None and _axes_of_rows(tuple(grad.shape)):
+            values[str(grad.dtype), tuple(grad.shape[1:])] += math.prod(grad.shape)
+    return {key for key, number in values.items() if number > _LARGE}
+
+
+def _axes_of_rows(shape):
+    """Return the last axes of a gradient that make a row neither short nor long."""
+    if None in shape or is_convolution(shape) or not WIDTH < math.prod(shape) <= _LARGE:
+        return ()
+    lengths = [math.prod(shape[axis:]) for axis in range(len(shape))]
+    fit = [a for a in range(1, len(shape)) if _SHORTEST <= lengths[a] <= _LONGEST]
+    return tuple(range(fit[0], len(shape))) if fit else ()
+
+
+def _layout(shape, axes):
+    """Return (rows, length) of a gradient whose rows lie along some axes, if any."""
     if None in shape:
         return 1, None
     size = math.prod(shape)
-    return (0, size) if size <= WIDTH else (math.ceil(size / _LONGEST), _LONGEST)
+    if size <= WIDTH:
+        return 0, size
+    length = math.prod(shape[axis] for axis in axes) if axes else _LONGEST
+    return math.ceil(size / length), length
 
 
 def order(found: list[Block], length: int) -> list[int]:

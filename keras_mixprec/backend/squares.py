@@ -40,6 +40,10 @@ def _rows(grads, block):
     elif not block.rows[0]:
         flat = ops.stack([ops.reshape(g, (block.length,)) for g in grads])
         return [_filled_up(ops.cast(squares(flat), "float32"), WIDTH)]
+    elif block.axes:
+        # No other shape before the sum: XLA would lay them out for it.
+        sums = ops.sum(squares(ops.concatenate(grads)), axis=block.axes)
+        sums = ops.reshape(sums, (sum(block.rows),))
     else:
         placed = zip(grads, block.rows, strict=True)
         laid_out = [_in_rows(g, rows, block.length) for g, rows in placed]
