@@ -1,8 +1,8 @@
 """The one hook, around the public `keras.Model.compile`, in place from import on.
 
 Its reach, at every `compile` of a Keras model:
-- a model that is given our optimizer, or that computes in float16 anywhere, has its
-  train step made a transaction (`transaction.attach`);
+- a model that is given our optimizer, or that computes in half precision anywhere, has
+  its train step made a transaction (`transaction.attach`);
 - while scaling is on, a bare optimizer of a model that computes in float16 anywhere
   gets our loss scaling (unless `auto_scale_loss=False`; one that scales is kept).
 
@@ -20,6 +20,8 @@ before its argument is built.
 import functools
 
 import keras
+
+from keras_mixprec.structure import any_in_half
 
 # What the hook knows: whether scaling is on, and the method it stands before.
 _state = {"scaling": False, "original": None}
@@ -72,7 +74,7 @@ def _hooked(original):
             optimizer = scaling_optimizer(self, optimizer)
         original(self, optimizer, *args, **kwargs)
         ours = isinstance(self.optimizer, LossScaleOptimizer)
-        if ours or _state["scaling"] or computes_in_float16(self):
+        if ours or _state["scaling"] or any_in_half(self):
             warn = auto_scale_loss and _state["scaling"]
             transaction.attach(self, warn_unscaled=warn)
 

@@ -8,6 +8,7 @@ import keras
 
 from keras_mixprec import compile_hook
 from keras_mixprec import transaction
+from keras_mixprec.structure import any_in_half
 from keras_mixprec.structure import walk
 
 
@@ -78,7 +79,7 @@ def _is_attached(model):
 
 
 def _lacks_transaction(model):
-    return compile_hook.computes_in_float16(model) and not _is_attached(model)
+    return any_in_half(model) and not _is_attached(model)
 
 
 def _fitting_optimizer(model, initial_scale):

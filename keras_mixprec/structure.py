@@ -45,6 +45,17 @@ def _place_below(parent: Place, layer: keras.Layer, paths: dict[str, int]) -> Pl
     return Place(path, layer, parent)
 
 
+def computes_in_half(layer: keras.Layer) -> bool:
+    """Whether a layer computes in float16 or bfloat16."""
+    is_input = isinstance(layer, keras.layers.InputLayer)
+    return layer.compute_dtype in ("float16", "bfloat16") and not is_input
+
+
+def any_in_half(model: keras.Model) -> bool:
+    """Whether the model or any layer inside it computes in half precision."""
+    return any(map(computes_in_half, model._flatten_layers()))
+
+
 def graph_of(layer: keras.Layer) -> keras.Function | None:
     """Return the graph that runs the layer, or None if Python code does."""
     if isinstance(layer, keras.Sequential):

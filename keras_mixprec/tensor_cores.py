@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import keras
 
+from keras_mixprec.structure import any_in_half
+from keras_mixprec.structure import computes_in_half
+
 # Percent. A float32 matrix product on an H100 reads 3.7, a float16 one 57.
 IDLE_TENSOR_CORES = 5.0
 _IDLE_GPU = 40.0
@@ -21,7 +24,7 @@ def tensor_core_advice(model: keras.Model, logs: dict[str, float]) -> str | None
             first batch, in which a model may be compiled.
     """
     share = logs.get("tensor_core_util")
-    if share is None or share >= IDLE_TENSOR_CORES or not _computes_in_half(model):
+    if share is None or share >= IDLE_TENSOR_CORES or not any_in_half(model):
         return None
     return (
         f"Tensor cores were busy {share:.1f}% of an epoch, its first batch apart, "
@@ -62,16 +65,8 @@ def _likely_reason(model, layers, gpu_util):
 def _half_products(model):
     """Layer path -> the two dimensions of its kernel that a matrix product sees."""
     found = {}
-    for layer in filter(_is_half, model._flatten_layers()):
+    for layer in filter(computes_in_half, model._flatten_layers()):
         for variable in layer._trainable_variables:
             if "kernel" in variable.name and len(variable.shape) >= 2:
                 found[layer.path or layer.name] = variable.shape[-2:]
     return found
-
-
-def _computes_in_half(model):
-    return any(map(_is_half, model._flatten_layers()))
-
-
-def _is_half(layer):
-    return layer.compute_dtype in ("float16", "bfloat16")

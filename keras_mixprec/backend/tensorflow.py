@@ -14,6 +14,7 @@ from keras_mixprec.backend.tensorflow_commit import read
 from keras_mixprec.backend.tensorflow_commit import restore_by_cond
 from keras_mixprec.backend.tensorflow_commit import restore_by_select
 from keras_mixprec.backend.tensorflow_notes import last_notes  # noqa: F401
+from keras_mixprec.backend.tensorflow_products import one_product
 from keras_mixprec.backend.tensorflow_xla import barrier
 from keras_mixprec.backend.tensorflow_xla import compiling
 from keras_mixprec.backend.tensorflow_xla import is_compiling
@@ -57,7 +58,8 @@ def wrap_train_step(transaction):
 
     def compiled_step(data):
         _require_no_xla_over_replicas(model)
-        with compiling(model.jit_compile and not model.run_eagerly):
+        by_xla = model.jit_compile and not model.run_eagerly
+        with compiling(by_xla), one_product(model):
             return step(data)
 
     return compiled_step
