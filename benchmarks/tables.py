@@ -13,8 +13,9 @@ MODELS = {
 BACKENDS = {"tensorflow": "TensorFlow", "jax": "JAX", "torch": "torch"}
 SCALINGS = {
     "none": "no loss scaling",
-    "fixed": "a fixed scale, unchecked",
     "keras": "Keras's wrapper",
+    "unscaled": "keras_mixprec, no loss scaling",
+    "fixed": "a fixed scale, unchecked",
     "mp": "keras_mixprec",
     "mp+monitor": "keras_mixprec and monitor",
 }

@@ -9,16 +9,19 @@ by the monitor at its end.
 
 | `--scaling` | what is compiled |
 |-|-|
-| `none` | the policy with `auto_scale_loss=False` |
-| `fixed` | Adam on gradients of 2**15 times the loss: never checked, never skipped |
+| `none` | the policy with `auto_scale_loss=False`, nothing of ours |
 | `keras` | `keras.optimizers.LossScaleOptimizer`, nothing of ours |
+| `unscaled` | the same as `none` with this package imported, which is all it takes |
+| `fixed` | that with Adam on gradients of 2**15 times the loss: never checked |
 | `mp` | `keras_mixprec.set_policy`, then `compile("adam")`: wrapper and transaction |
 | `mp+monitor` | the same with `MixedPrecisionMonitor`, each block being an epoch |
 
 With `--activations float32` the model is converted to activation functions in float32.
 
-Without scaling many float16 gradients of a deep model are 0, and a GPU is faster on
-zeros (`NOTES.md`). What `fixed` and `mp` differ by is what checking and skipping cost.
+What `none` and `mp` differ by is what a user of Keras gains or loses; `unscaled` and
+`mp`, what scaling costs; `fixed` and `mp`, what checking and skipping do. Without
+scaling many float16 gradients of a deep model are 0, and a GPU is faster on zeros
+(`NOTES.md`).
 
 With several scalings, separated by commas, the models live in one process and take
 turns, block by block, so that a drifting clock or a busy machine hits all alike; each
@@ -30,6 +33,7 @@ in rows that have a process for themselves. With `--wait-for-turn` the row says
 """
 
 import argparse
+import contextlib
 import statistics
 import time
 
@@ -47,10 +51,11 @@ from shapes import SHAPES
 from shapes import SIZES
 
 import keras_mixprec as mp
+from keras_mixprec import compile_hook
 from keras_mixprec import hardware
 from keras_mixprec.backend import engine
 
-SCALINGS = ("none", "fixed", "keras", "mp", "mp+monitor")
+SCALINGS = ("none", "keras", "unscaled", "fixed", "mp", "mp+monitor")
 POLICIES = ("float32", "tf32", "mixed_float16", "mixed_bfloat16")
 
 
@@ -114,16 +119,27 @@ class Runner:
 def _compile(workload, scaling, policy, xla):
     model, loss = workload.model, workload.loss
     adam = keras.optimizers.Adam(1e-4)
-    if scaling == "none":
-        model.compile(adam, loss, jit_compile=xla, auto_scale_loss=False)
-    elif scaling == "fixed":
-        model.compile(FixedScale(1e-4), loss, jit_compile=xla, auto_scale_loss=False)
-    elif scaling == "keras":
-        model.compile(keras.optimizers.LossScaleOptimizer(adam), loss, jit_compile=xla)
+    if scaling in ("none", "keras"):
+        if scaling == "keras":
+            adam = keras.optimizers.LossScaleOptimizer(adam)
+        with _nothing_of_ours():
+            model.compile(adam, loss, jit_compile=xla, auto_scale_loss=False)
+    elif scaling in ("unscaled", "fixed"):
+        optimizer = FixedScale(1e-4) if scaling == "fixed" else adam
+        model.compile(optimizer, loss, jit_compile=xla, auto_scale_loss=False)
     else:
         # The scope takes the hook away again: other rows must not see it.
         with mp.policy_scope(policy):
             model.compile(adam, loss, jit_compile=xla)
+
+
+@contextlib.contextmanager
+def _nothing_of_ours():
+    compile_hook.remove()
+    try:
+        yield
+    finally:
+        compile_hook.put()
 
 
 def measure(options: argparse.Namespace) -> list[dict]:
