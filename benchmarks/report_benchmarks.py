@@ -26,11 +26,13 @@ and the slowest block behind it. "Interleaved" rows ran in one process and took 
 block by block; their ratios are the ones to compare, since both sides met the same
 clock. Rows with a peak memory had a process for themselves.
 
-"No loss scaling" and "Keras's wrapper" are Keras alone. What keras_mixprec makes faster
-than Keras apart from scaling is in "keras_mixprec, no loss scaling" too. Without loss
-scaling many float16 gradients of a deep model are 0, and a GPU is faster on zeros:
-`benchmarks/NOTES.md` has the kernels. The fixed scale computes on the same numbers as
-ours does, but never checks and never skips.
+"No loss scaling" and "Keras's wrapper" are Keras alone, but for functions in float32,
+which `convert` makes. (Where no "keras_mixprec, no loss scaling" stands beside them,
+this package was imported, which changed nothing of such a step then.) What is faster
+than with Keras apart from scaling, "keras_mixprec, no loss scaling" shows. Without
+loss scaling many float16 gradients of a deep model are 0, and a GPU is faster on
+zeros: `benchmarks/NOTES.md` has the kernels. The fixed scale computes on the same
+numbers as ours does, but never checks and never skips.
 """
 
 

@@ -135,11 +135,12 @@ def _compile(workload, scaling, policy, xla):
 
 @contextlib.contextmanager
 def _nothing_of_ours():
+    put_back = compile_hook.install if compile_hook.is_installed() else compile_hook.put
     compile_hook.remove()
     try:
         yield
     finally:
-        compile_hook.put()
+        put_back()
 
 
 def measure(options: argparse.Namespace) -> list[dict]:

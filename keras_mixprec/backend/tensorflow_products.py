@@ -3,69 +3,91 @@
 Keras hands most equations to `tf.matmul`, which repeats the kernel for each sample of
 the batch. The gradient is then a product per sample: each is rounded to half precision
 and written out, as large as the kernel, before they are added up. `tf.einsum` makes one
-product of it, which adds up in float32 and rounds once.
+product of it, which adds up in float32 and rounds once where XLA or a GPU carries it
+out. Of CPUs without XLA only some do, so that there all stays as it is.
 """
 
 import contextlib
+import functools
+import re
 import string
 from collections.abc import Iterator
 
 import keras
 import tensorflow as tf
 
+from keras_mixprec.intercept import restore_call
 from keras_mixprec.structure import computes_in_half
+
+# Inputs, kernel and outputs; of others nobody knows what their layers do with them.
+_EQUATION = re.compile(r"([a-zA-Z.]+),([a-zA-Z]+)->([a-zA-Z.]+)")
 
 
 @contextlib.contextmanager
-def one_product(model: keras.Model) -> Iterator[None]:
+def one_product(model: keras.Model, by_xla: bool) -> Iterator[None]:
     """Inside, half-precision `EinsumDense` layers call `tf.einsum`.
 
     In a graph alone: op by op, its bookkeeping would take longer than it saves.
 
     Args:
-        model: `keras.Model`; the equations of such layers are spelled otherwise inside.
+        model: `keras.Model`, whose layers are called otherwise inside.
+        by_xla: Bool, whether XLA compiles what is traced inside.
     """
+    wanted = not tf.executing_eagerly() and (by_xla or _has_gpu())
     # Threads trace the replicas by turns: who comes second finds nothing left to do, so
-    # that each equation is put back once.
-    layers = [] if tf.executing_eagerly() else _that_repeat_their_kernel(model)
-    equations = [layer.equation for layer in layers]
+    # that each layer is put back once.
+    layers = [x for x in model._flatten_layers() if _repeats_its_kernel(x)]
+    layers = layers if wanted else []
+    calls = [vars(layer).get("call") for layer in layers]
     try:
         for layer in layers:
-            # Past Keras's bookkeeping of attributes.
-            vars(layer)["equation"] = _spelled_out(layer)
+            # Past Keras's bookkeeping of attributes, as with the equation below.
+            vars(layer)["call"] = _with_another_spelling(layer, layer.call)
         yield
     finally:
-        for layer, equation in zip(layers, equations, strict=True):
+        for layer, call in zip(layers, calls, strict=True):
+            restore_call(layer, call)
+
+
+def _has_gpu():
+    return bool(tf.config.list_physical_devices("GPU"))
+
+
+def _repeats_its_kernel(layer):
+    if not (isinstance(layer, keras.layers.EinsumDense) and computes_in_half(layer)):
+        return False
+    known = _EQUATION.fullmatch(str(vars(layer).get("equation")))
+    is_ours = getattr(vars(layer).get("call"), "is_respelled", False)
+    # A quantized one has another product.
+    if not known or is_ours or not layer.built or layer.quantization_mode is not None:
+        return False
+    inputs, kernel, _ = known.groups()
+    return "..." in inputs or len({*inputs} - {*kernel}) > 1
+
+
+def _with_another_spelling(layer, call):
+    @functools.wraps(call)
+    def respelled(*args, **kwargs):
+        equation, inputs = layer.equation, [*args, *kwargs.values()][0]
+        # For the call alone: what asks for shapes reads the equation as well.
+        vars(layer)["equation"] = _spelled_out(equation, len(inputs.shape))
+        try:
+            return call(*args, **kwargs)
+        finally:
             vars(layer)["equation"] = equation
 
-
-def _that_repeat_their_kernel(model):
-    kind = keras.layers.EinsumDense
-    layers = [layer for layer in model._flatten_layers() if isinstance(layer, kind)]
-    return [layer for layer in layers if _is_known(layer) and _repeats(layer.equation)]
+    respelled.is_respelled = True
+    return respelled
 
 
-def _is_known(layer):
-    # One that is not built reads its equation yet; a quantized one has another product.
-    plain = layer.built and layer.quantization_mode is None
-    return plain and computes_in_half(layer)
-
-
-def _repeats(equation):
-    inputs, kernel = equation.split("->")[0].split(",")
-    # A blank is ours: see below.
-    return " " not in kernel and ("..." in inputs or len({*inputs} - {*kernel}) > 1)
-
-
-def _spelled_out(layer):
-    """Return the equation of a layer as Keras, which knows some by heart, does not.
+def _spelled_out(equation, rank):
+    """Return an equation as Keras, which knows some by heart, does not.
 
     With a blank; and with letters for an ellipsis, for which TensorFlow repeats the
     kernel as well.
     """
-    inputs, rest = layer.equation.split(",")
-    unused = [c for c in string.ascii_letters if c not in layer.equation]
-    more = layer.input_spec.ndim - len(inputs.replace("...", ""))
-    letters = "".join(unused[:more])
-    inputs, rest = (part.replace("...", letters) for part in (inputs, rest))
-    return f"{inputs}, {rest}"
+    inputs, kernel, outputs = _EQUATION.fullmatch(equation).groups()
+    unused = [c for c in string.ascii_letters if c not in equation]
+    letters = "".join(unused[: rank - len(inputs.replace("...", ""))])
+    inputs, outputs = (part.replace("...", letters) for part in (inputs, outputs))
+    return f"{inputs}, {kernel}->{outputs}"
