@@ -59,7 +59,7 @@ def wrap_train_step(transaction):
     def compiled_step(data):
         _require_no_xla_over_replicas(model)
         by_xla = model.jit_compile and not model.run_eagerly
-        with compiling(by_xla), one_product(model, by_xla):
+        with compiling(by_xla), one_product(model, by_xla or bool(_gpus())):
             return step(data)
 
     return compiled_step

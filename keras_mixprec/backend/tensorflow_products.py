@@ -24,20 +24,20 @@ _EQUATION = re.compile(r"([a-zA-Z.]+),([a-zA-Z]+)->([a-zA-Z.]+)")
 
 
 @contextlib.contextmanager
-def one_product(model: keras.Model, by_xla: bool) -> Iterator[None]:
+def one_product(model: keras.Model, wanted: bool) -> Iterator[None]:
     """Inside, half-precision `EinsumDense` layers call `tf.einsum`.
 
     In a graph alone: op by op, its bookkeeping would take longer than it saves.
 
     Args:
         model: `keras.Model`, whose layers are called otherwise inside.
-        by_xla: Bool, whether XLA compiles what is traced inside.
+        wanted: Bool, whether XLA or a GPU carries out what is traced inside. Else, as
+            outside a graph, nothing happens.
     """
-    wanted = not tf.executing_eagerly() and (by_xla or _has_gpu())
     # Threads trace the replicas by turns: who comes second finds nothing left to do, so
-    # that each layer is put back once.
-    layers = [x for x in model._flatten_layers() if _repeats_its_kernel(x)]
-    layers = layers if wanted else []
+    # that each layer is put back once. An eager step does not walk the layers.
+    walked = model._flatten_layers() if wanted and not tf.executing_eagerly() else ()
+    layers = [layer for layer in walked if _repeats_its_kernel(layer)]
     calls = [vars(layer).get("call") for layer in layers]
     try:
         for layer in layers:
@@ -47,10 +47,6 @@ def one_product(model: keras.Model, by_xla: bool) -> Iterator[None]:
     finally:
         for layer, call in zip(layers, calls, strict=True):
             restore_call(layer, call)
-
-
-def _has_gpu():
-    return bool(tf.config.list_physical_devices("GPU"))
 
 
 def _repeats_its_kernel(layer):
