@@ -253,6 +253,26 @@ def test_row_13_every_overflow_is_counted_under_steps_per_execution():
     assert model.optimizer.overflow_count == 3
 
 
+@pytest.mark.skipif(BACKEND != "jax", reason="added up in float32 there")
+@on_both("half of the gradient is lost")
+def test_row_15_a_row_that_is_looked_up_often(wrapper):
+    layer = keras.layers.Embedding(10, 2, dtype="mixed_float16")
+    model = keras.Sequential([keras.Input((4096,), dtype="int32"), layer])
+
+    def loss(y_true, y_pred):
+        return ops.sum(y_true * ops.cast(y_pred, "float32"))
+
+    scaling = wrapper(keras.optimizers.SGD(1.0))
+    if wrapper is keras.optimizers.LossScaleOptimizer:
+        compile_hook.remove()
+    model.compile(scaling, loss)
+    layer.embeddings.assign(np.zeros((10, 2)))
+    # The scaled gradient of each is 1.
+    y = np.full((1, 4096, 2), 2.0**-15)
+    model.train_on_batch(np.full((1, 4096), 7), y)
+    assert (ops.convert_to_numpy(layer.embeddings)[7] == -(2.0**12) * 2.0**-15).all()
+
+
 def test_stateless_is_known_to_these_tests():
     assert (BACKEND != "tensorflow") == STATELESS
 

@@ -119,7 +119,7 @@ def test_what_compiles_the_step_does_not_change_what_is_found(compiled_by, monke
     else:
         from keras_mixprec.backend import tensorflow
 
-        monkeypatch.setattr(tensorflow, "_gpus", lambda: ["one"])
+        monkeypatch.setattr(tensorflow, "gpus", lambda: ["one"])
         assert frame(jit_compile=False) == plain
 
 

@@ -10,6 +10,8 @@ from keras_mixprec import ranges
 from keras_mixprec.backend import shapes
 from keras_mixprec.backend.blame import blame_loss
 from keras_mixprec.backend.gradient_carrier import GradientCarrier
+from keras_mixprec.backend.jax_lookups import own_lookups
+from keras_mixprec.backend.jax_lookups import sums_of
 from keras_mixprec.backend.jax_overflow import flags
 from keras_mixprec.backend.jax_overflow import flags_by_block
 
@@ -34,7 +36,7 @@ def reduce_gradients(grads):
 def commit(update):
     """Keep what an `Update` assigns only if no gradient overflowed, and record it."""
     look = flags_by_block if _fuses() else flags
-    overflows = look(update.grads, update.scale)
+    overflows = look([sums_of(g) for g in update.grads], update.scale)
     saved = [v.value for v in update.variables]
     update.run()
     new = [v.value for v in update.variables]
@@ -75,6 +77,11 @@ def wrap_train_step(transaction):
     model = transaction.model
 
     def step(state, data):
+        whole = _fuses() and keras.distribution.distribution() is None
+        with own_lookups(model, whole and not model.run_eagerly):
+            return transacted(state, data)
+
+    def transacted(state, data):
         if model.optimizer not in transaction.optimizers():
             return transaction.train_step(state, data)
         with transaction.requires_scaled_loss():

@@ -7,6 +7,7 @@ import tensorflow as tf
 from keras_mixprec import ranges
 from keras_mixprec.backend import stateful
 from keras_mixprec.backend import tensorflow_replicas
+from keras_mixprec.backend import tensorflow_slices  # noqa: F401
 from keras_mixprec.backend.gradient_carrier import GradientCarrier
 from keras_mixprec.backend.tensorflow_carrier import SparseCarrier
 from keras_mixprec.backend.tensorflow_commit import commit  # noqa: F401
@@ -17,6 +18,7 @@ from keras_mixprec.backend.tensorflow_notes import last_notes  # noqa: F401
 from keras_mixprec.backend.tensorflow_products import one_product
 from keras_mixprec.backend.tensorflow_xla import barrier
 from keras_mixprec.backend.tensorflow_xla import compiling
+from keras_mixprec.backend.tensorflow_xla import gpus
 from keras_mixprec.backend.tensorflow_xla import is_compiling
 
 
@@ -59,7 +61,7 @@ def wrap_train_step(transaction):
     def compiled_step(data):
         _require_no_xla_over_replicas(model)
         by_xla = model.jit_compile and not model.run_eagerly
-        with compiling(by_xla), one_product(model, by_xla or bool(_gpus())):
+        with compiling(by_xla), one_product(model, by_xla or bool(gpus())):
             return step(data)
 
     return compiled_step
@@ -147,7 +149,7 @@ def _partial(x):
         # XLA joins reductions of one tensor in one kernel, but not those of what a
         # Triton kernel of its own wrote. Behind a barrier it cannot tell.
         return ranges.partial(x, _behind_barrier)
-    if _gpus() and not tf.executing_eagerly():
+    if gpus() and not tf.executing_eagerly():
         # Op by op a GPU would wait for thirty launches.
         return _compiled_partial(x), x
     return ranges.partial(x)
@@ -160,14 +162,10 @@ def _compiled_partial(x):
     return ranges.partial(x)[0]
 
 
-def _gpus():
-    return tf.config.list_physical_devices("GPU")
-
-
 def _used_gpus():
     # Logical ones, as TensorFlow counts memory: a process may hide a GPU from itself.
     # Asked for only where there are GPUs, since that fixes how devices are split.
-    used = tf.config.list_logical_devices("GPU") if _gpus() else []
+    used = tf.config.list_logical_devices("GPU") if gpus() else []
     return [gpu.name.removeprefix("/device:") for gpu in used]
 
 
@@ -187,7 +185,7 @@ def accelerator():
         return "tpu", None
     capabilities = [
         tf.config.experimental.get_device_details(gpu).get("compute_capability")
-        for gpu in _gpus()
+        for gpu in gpus()
     ]
     return ("gpu", min(c or (0, 0) for c in capabilities)) if capabilities else None
 

@@ -7,6 +7,7 @@ import contextlib
 import threading
 from typing import Any
 
+import tensorflow as tf
 from tensorflow.compiler.tf2xla.python import xla as xla_ops
 
 _trace = threading.local()
@@ -30,6 +31,11 @@ def compiling(by_xla: bool):
 def is_compiling() -> bool:
     """Return whether XLA will compile what is being traced."""
     return getattr(_trace, "xla", False)
+
+
+def gpus() -> list:
+    """Return the GPUs that TensorFlow sees."""
+    return tf.config.list_physical_devices("GPU")
 
 
 def barrier(x: Any) -> Any:

@@ -1,0 +1,95 @@
+"""JAX: tables whose gradients are left to what reads them, on one GPU.
+
+`Embedding` layers with large tables look up by a function of ours for that, whose
+gradient is that of `looked_up`.
+"""
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import keras
+from keras import ops
+
+from keras_mixprec.backend import looked_up
+from keras_mixprec.intercept import intercepted
+
+_trace = threading.local()
+
+
+@contextlib.contextmanager
+def own_lookups(model: keras.Model, wanted: bool) -> Iterator[None]:
+    """Inside, `Embedding` layers with large tables call our function.
+
+    Not those of a model with a train step of its own: it may ask for what JAX cannot
+    derive from a gradient that is ours.
+
+    Args:
+        model: `keras.Model`, whose `call` is traced inside.
+        wanted: Bool, whether XLA compiles what is traced inside for one GPU. Else
+            nothing happens.
+    """
+    wanted = wanted and type(model).train_step is keras.Model.train_step
+    walked = model._flatten_layers() if wanted else ()
+    before, _trace.sums = getattr(_trace, "sums", ()), []
+    try:
+        with intercepted(filter(_is_plain, walked), _looked_up_by_us):
+            yield
+    finally:
+        _trace.sums = before
+
+
+def sums_of(gradient: Any) -> Any:
+    """Return an array whose sum of squares is that of a gradient.
+
+    Args:
+        gradient: Array. One that is the gradient of our function, and of nothing else,
+            is not written out to be looked at; another is returned as it is.
+    """
+    known = (s for g, s in getattr(_trace, "sums", ()) if g is gradient)
+    return next(known, gradient)
+
+
+def _is_plain(layer):
+    if type(layer).call is not keras.layers.Embedding.call or "call" in vars(layer):
+        return False
+    return layer.built and layer.quantization_mode is None and not layer.lora_enabled
+
+
+def _looked_up_by_us(layer, call, args, kwargs):
+    (ids,) = (*args, *kwargs.values())
+    table = ops.convert_to_tensor(layer.embeddings)
+    # Else it is sparse.
+    dense = isinstance(ids, jax.Array)
+    if not (dense and looked_up.pays(table.shape, ids.size)):
+        return call(*args, **kwargs)
+    if ids.dtype not in ("int32", "int64"):
+        ids = ids.astype("int32")
+    return ops.cast(_rows(table, ids), layer.compute_dtype)
+
+
+def _rows(table, ids):
+    (length, *width), kind = table.shape, table.dtype
+
+    @jax.custom_vjp
+    def rows(table, ids):
+        return jnp.take(table, ids, axis=0)
+
+    def forward(table, ids):
+        return rows(table, ids), ids
+
+    def backward(ids, upstream):
+        # As `take` counts from the end, too.
+        ids = jnp.where(ids < 0, ids + length, ids).reshape(-1)
+        upstream = upstream.reshape(ids.size, *width)
+        lookups = looked_up.lookups(ids, length)
+        gradient, sums = looked_up.gradient(lookups, upstream)
+        gradient = gradient.astype(kind)
+        _trace.sums.append((gradient, sums))
+        return gradient, None
+
+    rows.defvjp(forward, backward)
+    return rows(table, ids)
