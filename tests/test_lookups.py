@@ -188,6 +188,23 @@ if BACKEND != "torch":
         np.testing.assert_allclose(step, -2.0 * counts[:, None] * np.ones(WIDTH))
         assert on_a_gpu
 
+    @pytest.mark.parametrize("remat", [None, "full"])
+    def test_one_batch_looks_up_in_two_tables(remat, on_a_gpu):
+        ids = keras.Input((LENGTH,), dtype="int32")
+        with keras.RematScope(mode=remat):
+            tables = [
+                layers.Embedding(rows, WIDTH, dtype="mixed_float16")
+                for rows in (ROWS, 2 * ROWS)
+            ]
+            total = ops.add(*[table(ids) for table in tables])
+        model = compiled(keras.Model(ids, total), keras.optimizers.SGD(1.0, 0.5))
+        x = RANDOM % 40
+        steps = moved(model, x, np.ones((2, LENGTH, WIDTH), "float32"))
+        for step, rows in zip(steps, (ROWS, 2 * ROWS), strict=True):
+            counts = np.bincount(x.reshape(-1), minlength=rows)
+            np.testing.assert_allclose(step, -1.0 * counts[:, None] * np.ones(WIDTH))
+        assert len(on_a_gpu) >= 2
+
 
 if BACKEND == "jax":
     import jax
@@ -261,12 +278,15 @@ if BACKEND == "jax":
         steps = moved(model, RANDOM, np.ones((2, LENGTH, WIDTH), "float32"))
         assert any(step.any() for step in steps) and not on_a_gpu
 
-    def test_split_tables_and_eager_steps_are_left_to_keras(on_a_gpu):
+    @pytest.mark.parametrize("how", [{"run_eagerly": True}, {"jit_compile": False}])
+    def test_a_step_that_is_not_compiled_is_left_to_keras(how, on_a_gpu):
         model = table_model()
         optimizer = mp.LossScaleOptimizer(keras.optimizers.SGD(1.0), initial_scale=1.0)
-        model.compile(optimizer, upstream, run_eagerly=True)
+        model.compile(optimizer, upstream, **how)
         (step,) = moved(model, RANDOM, np.ones((2, LENGTH, WIDTH), "float32"))
         assert step.any() and not on_a_gpu
+
+    def test_tables_split_over_devices_are_left_to_keras(on_a_gpu):
         with keras.distribution.DataParallel(devices=["cpu:0"]).scope():
             model = compiled(table_model())
             (step,) = moved(model, RANDOM, np.ones((2, LENGTH, WIDTH), "float32"))

@@ -78,7 +78,7 @@ def wrap_train_step(transaction):
 
     def step(state, data):
         whole = _fuses() and keras.distribution.distribution() is None
-        with own_lookups(model, whole and not model.run_eagerly):
+        with own_lookups(model, whole):
             return transacted(state, data)
 
     def transacted(state, data):

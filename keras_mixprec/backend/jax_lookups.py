@@ -29,7 +29,7 @@ def own_lookups(model: keras.Model, wanted: bool) -> Iterator[None]:
 
     Args:
         model: `keras.Model`, whose `call` is traced inside.
-        wanted: Bool, whether XLA compiles what is traced inside for one GPU. Else
+        wanted: Bool, whether XLA would compile what is traced inside for one GPU. Else
             nothing happens.
     """
     wanted = wanted and type(model).train_step is keras.Model.train_step
@@ -62,9 +62,9 @@ def _is_plain(layer):
 def _looked_up_by_us(layer, call, args, kwargs):
     (ids,) = (*args, *kwargs.values())
     table = ops.convert_to_tensor(layer.embeddings)
-    # Else it is sparse.
-    dense = isinstance(ids, jax.Array)
-    if not (dense and looked_up.pays(table.shape, ids.size)):
+    # Else it is sparse, or the step is not compiled.
+    is_traced = isinstance(ids, jax.core.Tracer)
+    if not (is_traced and looked_up.pays(table.shape, ids.size)):
         return call(*args, **kwargs)
     if ids.dtype not in ("int32", "int64"):
         ids = ids.astype("int32")
