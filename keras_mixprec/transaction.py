@@ -180,10 +180,10 @@ def _in_a_scope(model, train_step):
     # only inside a scope: a float32 model opens none, nor does one whose `call` is
     # called, as JAX does. A table in half precision has its gradient added up in it,
     # where 2048 and 1 are 2048.
-    kept = {}
-
     def step(*args):
-        with intercepted([model], _scoped, kept):
+        # Routed anew each time: of a function that it knows, `jax.checkpoint` takes
+        # what it traced the last time, with the variables of that time.
+        with intercepted([model], _scoped):
             return train_step(*args)
 
     return step
