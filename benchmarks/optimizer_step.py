@@ -3,9 +3,11 @@
     KERAS_BACKEND=tensorflow python optimizer_step.py
 
 180 variables, 5M parameters, Adam, float32 gradients. The step is timed alone, so that
-the cost shows that a whole train step hides; but the gradients are made in it, by a
-change of sign, since those of a backward pass are nobody else's: TensorFlow writes into
-their memory, and into that of a function's arguments it must not. Three optimizers
+the cost shows that a whole train step hides. Gradients are what a backward pass leaves:
+arrays in memory that nobody else needs. Under XLA they are arguments, for what it would
+make of a change of sign it fuses into the update of one optimizer and not into that of
+another; without, a change of sign makes them, for TensorFlow writes into their memory,
+and into that of a function's arguments it must not. Three optimizers
 take turns, block by block: the inner one alone, in Keras's wrapper, in ours; on
 TensorFlow with and without XLA. Prints a table and JSON lines. It asserts nothing:
 timings depend on what else the machine does.
@@ -93,7 +95,8 @@ def _tf(step, jit_compile):
     def run(grads):
         # A model tells the backend that XLA compiles its step; here nobody else does.
         with compiling(jit_compile):
-            step.optimizer.apply([-g for g in grads], step.variables)
+            grads = grads if jit_compile else [-g for g in grads]
+            step.optimizer.apply(grads, step.variables)
 
     return lambda: run(step.grads)
 
@@ -102,7 +105,7 @@ def _jax(step):
     import jax
 
     def update(own, grads, trainable):
-        return step.optimizer.stateless_apply(own, [-g for g in grads], trainable)
+        return step.optimizer.stateless_apply(own, grads, trainable)
 
     # As in the JAX trainer: state in and out, the old one donated.
     apply = jax.jit(update, donate_argnums=(0, 2))

@@ -249,6 +249,23 @@ if BACKEND == "tensorflow":
         assert flags_of(tf.ones((5, 3)), bad).numpy().tolist() == [False, True]
 
 
+def test_gradients_of_all_shapes_are_divided_alike():
+    # Small ones together, where that is faster.
+    random = np.random.default_rng(0)
+    kinds = ["float32", "float16"] if BACKEND == "jax" else ["float32", "float64"]
+    arrays = [
+        2.0 ** random.integers(-8, 8, size=shape)
+        for shape in [*SHAPES, (1024,), (1025,)]
+    ]
+    for kind in kinds:
+        grads = [ops.convert_to_tensor(np.asarray(a, kind)) for a in arrays]
+        grads += [ops.convert_to_tensor(np.float32([4.0, 8.0]))]
+        divided = engine.unscale(grads, ops.convert_to_tensor(4.0, "float32"))
+        for array, found in zip([*arrays, np.array([4.0, 8.0])], divided, strict=True):
+            np.testing.assert_array_equal(ops.convert_to_numpy(found), array / 4)
+            assert tuple(found.shape) == array.shape
+
+
 @pytest.mark.parametrize(
     ("scale", "size", "dtype"),
     [
