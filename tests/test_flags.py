@@ -250,7 +250,6 @@ if BACKEND == "tensorflow":
 
 
 def test_gradients_of_all_shapes_are_divided_alike():
-    # Small ones together, where that is faster.
     random = np.random.default_rng(0)
     kinds = ["float32", "float16"] if BACKEND == "jax" else ["float32", "float64"]
     arrays = [

@@ -8,7 +8,6 @@ from keras_mixprec import ranges
 from keras_mixprec.backend import stateful
 from keras_mixprec.backend import tensorflow_replicas
 from keras_mixprec.backend import tensorflow_slices  # noqa: F401
-from keras_mixprec.backend import tensorflow_small
 from keras_mixprec.backend.gradient_carrier import GradientCarrier
 from keras_mixprec.backend.tensorflow_carrier import SparseCarrier
 from keras_mixprec.backend.tensorflow_commit import commit  # noqa: F401
@@ -25,22 +24,17 @@ from keras_mixprec.backend.tensorflow_xla import is_compiling
 
 def unscale(grads, scale):
     # A product instead of a quotient for each value: the same for powers of two.
-    kinds = {tf.float64 if g.dtype == tf.float64 else tf.float32 for g in grads}
+    kinds = [tf.float64 if g.dtype == tf.float64 else tf.float32 for g in grads]
     by = {kind: tf.math.reciprocal(tf.cast(scale, kind)) for kind in kinds}
-    multiplied = functools.partial(_multiplied, by)
-    if is_compiling():
-        # XLA fuses each product into the update of its variable.
-        return [multiplied(g) for g in grads]
-    return tensorflow_small.mapped(multiplied, grads)
+    return [_multiplied(g, by[kind]) for g, kind in zip(grads, kinds, strict=True)]
 
 
-def _multiplied(by, grad):
+def _multiplied(grad, by):
     if isinstance(grad, tf.IndexedSlices):
         # The values alone: dense, an embedding's gradient is as large as its table.
-        values = _multiplied(by, grad.values)
+        values = _multiplied(grad.values, by)
         return tf.IndexedSlices(values, grad.indices, grad.dense_shape)
-    kind = tf.float64 if grad.dtype == tf.float64 else tf.float32
-    return tf.cast(grad, kind) * by[kind]
+    return tf.cast(grad, by.dtype) * by
 
 
 def assign(variables, values):

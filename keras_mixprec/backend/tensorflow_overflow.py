@@ -1,12 +1,9 @@
 """TensorFlow: which gradients no optimizer can use."""
 
-import functools
-
 import tensorflow as tf
 
 from keras_mixprec.backend import LARGEST_NORM
 from keras_mixprec.backend import LARGEST_SCALED_NORM
-from keras_mixprec.backend import tensorflow_small
 from keras_mixprec.backend.squares import sums_of_squares
 from keras_mixprec.backend.tensorflow_xla import barrier
 
@@ -23,13 +20,11 @@ def flags(grads, scale, xla: bool, divided: bool = False):
         xla: Whether XLA compiles what calls this.
         divided: Whether they are divided by the loss scale already.
     """
+    square = _square_by_product if xla else _half_square
     values = [_values(g) for g in grads]
-    if xla:
-        squares = tf.stack([_sum(_square_by_product, v) for v in values])
-    else:
-        whole = functools.partial(_sum, _half_square)
-        # Halves are doubled once for all.
-        squares = 2.0 * tensorflow_small.summed(_half_squares, whole, values)
+    squares = [_NONE if v is None else square(_at_least_float32(v)) for v in values]
+    # Halves are doubled once for all.
+    squares = tf.stack(squares) * (1.0 if xla else 2.0)
     return _too_large(squares, _limit(scale) / scale if divided else _limit(scale))
 
 
@@ -43,10 +38,6 @@ def _values(grad):
     return grad.values if isinstance(grad, tf.IndexedSlices) else grad
 
 
-def _sum(square, value):
-    return _NONE if value is None else square(_at_least_float32(value))
-
-
 def _at_least_float32(value):
     return value if value.dtype == tf.float64 else tf.cast(value, tf.float32)
 
@@ -54,10 +45,6 @@ def _at_least_float32(value):
 def _half_square(value):
     # The one kernel that squares and adds in one pass.
     return tf.cast(tf.nn.l2_loss(value), tf.float32)
-
-
-def _half_squares(values):
-    return tf.cast(tf.square(_at_least_float32(values)) / 2, tf.float32)
 
 
 def _square_by_product(value):
