@@ -255,6 +255,16 @@ if BACKEND == "jax":
         (step,) = moved(model, RANDOM, np.ones((2, LENGTH, WIDTH), "float32"))
         assert step.any() and not on_a_gpu
 
+    def test_a_function_that_was_traced_in_a_step_has_a_gradient_outside(on_a_gpu):
+        from keras_mixprec.backend import jax_lookups
+
+        with jax_lookups.own_lookups(compiled(table_model()), True):
+            rows = jax.jit(jax_lookups._rows)
+            rows(jax.numpy.zeros((ROWS, WIDTH)), jax.numpy.arange(3))
+        gradient = jax.grad(lambda t: rows(t, jax.numpy.arange(3)).sum())
+        found = gradient(jax.numpy.zeros((ROWS, WIDTH)))
+        assert found.sum() == 3 * WIDTH and jax_lookups._trace.sums is None
+
     class Doubled(layers.Embedding):
         """A layer with a call of its own."""
 
@@ -316,6 +326,30 @@ if BACKEND == "tensorflow":
             found = tf.function(made, jit_compile=True)()
         assert len(on_a_gpu) == 2
         np.testing.assert_array_equal(found, expected)
+
+    @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+    def test_the_tensor_is_of_the_slices_dtype(dtype, on_a_gpu):
+        def made():
+            sparse = tf.IndexedSlices(
+                tf.cast(slices().values, dtype), slices().indices, slices().dense_shape
+            )
+            # As the gradients of a table that is looked up in and multiplied by.
+            return tf.convert_to_tensor(sparse) + tf.ones((ROWS, WIDTH), dtype)
+
+        with compiling(True):
+            found = tf.function(made, jit_compile=True)()
+        assert on_a_gpu and found.dtype == dtype
+        assert found.numpy()[:6, 0].tolist() == [1, 2, 2, 1, 1, 3]
+
+    def test_rows_of_an_unknown_rank_are_left_to_tensorflow(on_a_gpu):
+        @tf.function(input_signature=[tf.TensorSpec(None)])
+        def made(rows):
+            shape = tf.constant([ROWS, WIDTH])
+            return tf.convert_to_tensor(tf.IndexedSlices(rows, tf.constant([3]), shape))
+
+        with compiling(True):
+            assert made(tf.ones((1, WIDTH))).shape == (ROWS, WIDTH)
+        assert not on_a_gpu
 
     def test_what_cannot_be_converted_raises_as_before(on_a_gpu):
         with tf.Graph().as_default(), compiling(True):

@@ -17,7 +17,14 @@ from keras import ops
 from keras_mixprec.backend import looked_up
 from keras_mixprec.intercept import intercepted
 
-_trace = threading.local()
+
+class _Trace(threading.local):
+    """What is traced: (gradient, its sums) of each lookup, `None` outside."""
+
+    sums = None
+
+
+_trace = _Trace()
 
 
 @contextlib.contextmanager
@@ -34,7 +41,7 @@ def own_lookups(model: keras.Model, wanted: bool) -> Iterator[None]:
     """
     wanted = wanted and type(model).train_step is keras.Model.train_step
     walked = model._flatten_layers() if wanted else ()
-    before, _trace.sums = getattr(_trace, "sums", ()), []
+    before, _trace.sums = _trace.sums, []
     try:
         with intercepted(filter(_is_plain, walked), _looked_up_by_us):
             yield
@@ -49,8 +56,7 @@ def sums_of(gradient: Any) -> Any:
         gradient: Array. One that is the gradient of our function, and of nothing else,
             is not written out to be looked at; another is returned as it is.
     """
-    known = (s for g, s in getattr(_trace, "sums", ()) if g is gradient)
-    return next(known, gradient)
+    return next((s for g, s in _trace.sums or () if g is gradient), gradient)
 
 
 def _is_plain(layer):
@@ -88,7 +94,9 @@ def _rows(table, ids):
         lookups = looked_up.lookups(ids, length)
         gradient, sums = looked_up.gradient(lookups, upstream)
         gradient = gradient.astype(kind)
-        _trace.sums.append((gradient, sums))
+        if _trace.sums is not None:
+            # Else another derives what was traced in a step.
+            _trace.sums.append((gradient, sums))
         return gradient, None
 
     rows.defvjp(forward, backward)

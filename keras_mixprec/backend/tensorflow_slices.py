@@ -29,13 +29,13 @@ def _dense(
     in_step = is_compiling() and not tf.executing_eagerly()
     if not in_step or not gpus() or as_ref or dtype not in (None, slices.dtype):
         return NotImplemented
-    if slices.dense_shape is None:
+    if slices.dense_shape is None or slices.values.shape.rank is None:
         return NotImplemented
     shape = tf.get_static_value(slices.dense_shape)
     if shape is None or not looked_up.pays(tuple(shape), slices.values.shape[0]):
         return NotImplemented
     found = _lookups(slices.indices, int(shape[0]))
-    return looked_up.gradient(found, slices.values)[0]
+    return tf.cast(looked_up.gradient(found, slices.values)[0], slices.dtype)
 
 
 def _lookups(ids, length):
