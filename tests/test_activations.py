@@ -142,6 +142,7 @@ def test_xla_fuses_the_casts_with_the_function(monkeypatch):
 
 
 @pytest.mark.skipif(BACKEND == "torch", reason="XLA compiles on the others")
+@pytest.mark.slow
 def test_the_benchmark_times_the_steps_of_a_transformer(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     import activations
