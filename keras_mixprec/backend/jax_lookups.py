@@ -1,7 +1,11 @@
-"""JAX: tables whose gradients are left to what reads them, on one GPU.
+"""JAX: gradients of looked-up rows are added up in float32.
 
-`Embedding` layers with large tables look up by a function of ours for that, whose
-gradient is that of `looked_up`.
+`Embedding` asks for its table as it is and casts the rows. But a train step calls the
+model's `call`, not the model, and where no autocast scope is open Keras casts such a
+table all the same: gradients are added up in half precision, where 2048 and 1 are 2048.
+
+On one GPU layers with large tables look up by a function of ours, whose gradient is
+left to what reads it (`looked_up`).
 """
 
 import contextlib
@@ -13,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import keras
 from keras import ops
+from keras.src.backend.common.variables import AutocastScope
 
 from keras_mixprec.backend import looked_up
 from keras_mixprec.intercept import intercepted
@@ -29,21 +34,23 @@ _trace = _Trace()
 
 @contextlib.contextmanager
 def own_lookups(model: keras.Model, wanted: bool) -> Iterator[None]:
-    """Inside, `Embedding` layers with large tables call our function.
+    """Inside, `Embedding` layers look up in their tables as they are.
 
-    Not those of a model with a train step of its own: it may ask for what JAX cannot
-    derive from a gradient that is ours.
+    By our function not in a model with a train step or loss of its own: it may ask for
+    what JAX cannot derive from a gradient that is ours.
 
     Args:
         model: `keras.Model`, whose `call` is traced inside.
-        wanted: Bool, whether XLA would compile what is traced inside for one GPU. Else
-            nothing happens.
+        wanted: Bool, whether XLA would compile what is traced inside for one GPU, so
+            that large tables are looked up in by our function.
     """
-    wanted = wanted and type(model).train_step is keras.Model.train_step
-    walked = model._flatten_layers() if wanted else ()
+    kind = type(model)
+    own = kind.train_step is keras.Model.train_step
+    own = own and kind.compute_loss is keras.Model.compute_loss
+    around = _looked_up_by_us if wanted and own else _looked_up_as_it_is
     before, _trace.sums = _trace.sums, []
     try:
-        with intercepted(filter(_is_plain, walked), _looked_up_by_us):
+        with intercepted(filter(_is_plain, model._flatten_layers()), around):
             yield
     finally:
         _trace.sums = before
@@ -65,13 +72,21 @@ def _is_plain(layer):
     return layer.built and layer.quantization_mode is None and not layer.lora_enabled
 
 
+def _looked_up_as_it_is(layer, call, args, kwargs):
+    with AutocastScope(None):
+        return call(*args, **kwargs)
+
+
 def _looked_up_by_us(layer, call, args, kwargs):
     (ids,) = (*args, *kwargs.values())
-    table = ops.convert_to_tensor(layer.embeddings)
+    with AutocastScope(None):
+        table = ops.convert_to_tensor(layer.embeddings)
     # Else it is sparse, or the step is not compiled.
     is_traced = isinstance(ids, jax.core.Tracer)
-    if not (is_traced and looked_up.pays(table.shape, ids.size)):
-        return call(*args, **kwargs)
+    # Each element of a `vmap` would have a gradient as large as the table.
+    is_whole = is_traced and type(ids).__name__ != "BatchTracer"
+    if not (is_whole and looked_up.pays(table.shape, ids.size)):
+        return _looked_up_as_it_is(layer, call, args, kwargs)
     if ids.dtype not in ("int32", "int64"):
         ids = ids.astype("int32")
     return ops.cast(_rows(table, ids), layer.compute_dtype)
@@ -96,7 +111,7 @@ def _rows(table, ids):
         gradient = gradient.astype(kind)
         if _trace.sums is not None:
             # Else another derives what was traced in a step.
-            _trace.sums.append((gradient, sums))
+            _trace.sums.append((gradient, sums.astype(kind)))
         return gradient, None
 
     rows.defvjp(forward, backward)

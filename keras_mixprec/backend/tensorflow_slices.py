@@ -32,17 +32,22 @@ def _dense(
     if slices.dense_shape is None or slices.values.shape.rank is None:
         return NotImplemented
     shape = tf.get_static_value(slices.dense_shape)
-    if shape is None or not looked_up.pays(tuple(shape), slices.values.shape[0]):
+    if shape is None:
         return NotImplemented
-    found = _lookups(slices.indices, int(shape[0]))
+    shape = tuple(map(int, shape))
+    if not looked_up.pays(shape, slices.values.shape[0]):
+        return NotImplemented
+    found = _lookups(slices.indices, shape[0])
     return tf.cast(looked_up.gradient(found, slices.values)[0], slices.dtype)
 
 
 def _lookups(ids, length):
     # Once for all that is made dense of a batch: XLA does not see that it is the same.
     known = tf.compat.v1.get_collection_ref("keras_mixprec/lookups")
+    here = tf.compat.v1.get_default_graph()
     for same, rows, found in known:
-        if same is ids and rows == length:
+        # The branches of a condition share their collections.
+        if same is ids and rows == length and found.place_of.graph is here:
             return found
     known.append((ids, length, looked_up.lookups(ids, length)))
     return known[-1][2]
