@@ -271,6 +271,37 @@ if BACKEND == "jax":
         found = gradient(jax.numpy.zeros((ROWS, WIDTH)))
         assert found.sum() == 3 * WIDTH and jax_lookups._trace.sums is None
 
+    def test_elements_of_a_map_are_looked_up_as_keras_does(on_a_gpu):
+        class Mapped(layers.Layer):
+            def __init__(self):
+                super().__init__(dtype="mixed_float16")
+                self.table = layers.Embedding(ROWS, WIDTH, dtype="mixed_float16")
+
+            def build(self, shape):
+                self.table.build()
+
+            def call(self, ids):
+                return ops.vectorized_map(self.table, ids)
+
+        ids = keras.Input((LENGTH,), dtype="int32")
+        model = compiled(keras.Model(ids, Mapped()(ids)))
+        (step,) = moved(model, RANDOM, np.ones((2, LENGTH, WIDTH), "float32"))
+        assert step.any() and not on_a_gpu
+
+    def test_weights_of_a_models_own_stay_as_keras_reads_them():
+        class Own(keras.Model):
+            def build(self, shape):
+                self.scale = self.add_weight(name="scale", initializer="ones")
+
+            def call(self, x):
+                self.read = keras.backend.standardize_dtype(self.scale.value.dtype)
+                return x * self.scale
+
+        model = Own(dtype="mixed_float16")
+        compiled(model)
+        model.train_on_batch(np.ones((2, 3), "float32"), np.ones((2, 3), "float32"))
+        assert model.read == "float32"
+
     class Doubled(layers.Embedding):
         """A layer with a call of its own."""
 
